@@ -1,0 +1,447 @@
+"""Flat-LoRA in one file: low-rank fine-tuning that looks for a minimum flat in the full weight space.
+
+Li, He, Li, Wang, Shang, Huang: "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape", ICML 2025,
+https://arxiv.org/abs/2409.14396. Equation numbers below are those of its second arXiv version.
+
+LoRA trains B (m, r) and A (r, n) beside a frozen weight W (m, n); the model computes with the merged weight
+W' = W + s B A, where s = alpha / r. Flat-LoRA minimises the expected loss under noise on the *merged* weight,
+
+    min over A, B of  E[ L(W + s B A + eps) ],    eps_ij ~ N(0, sigma^2 |W'_i|^2 / n)    (eq. 6, eq. 7)
+
+with one sample of eps a step. A row W'_i is a "filter": scaled by its norm, the noise changes every row by a
+fraction sigma of itself. eps is never stored: it is made from a seed when a product needs it, then dropped.
+
+    model = inject_lora(model, r=8, alpha=16, targets=["c_attn", "c_proj"])
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch["x"]), batch["y"])
+
+    for step, batch in enumerate(loader):
+        sigma = sigma_at(step, total_steps, 0.05)
+        loss = flat_lora_step(model, loss_fn, [batch], optimizer, sigma, seed=(run_seed, step))
+    merge_lora(model)  # inference is plain: no noise, no adapters
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Seed = int | Sequence[Any]  # an int >= 0, or a (nested) sequence of them, such as (run, step)
+LossFn = Callable[[nn.Module, Any], Tensor]  # loss_fn(model, batch) -> scalar, a mean over the batch
+
+# ---- LoRA ----------------------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its trainable low-rank update: h = W x + b + s B A x (eq. 1).
+
+                      +--- W (m, n), frozen --------------+
+        x (..., n) ---+                                   +---> h (..., m)
+                      +--- A (r, n) --- B (m, r) --- s ---+
+
+    `weight` and `bias` are the Parameters of `base` itself (same storage), frozen here. B starts at zero, so the
+    first output is that of `base`. The adapters are float32 also over a half-precision base, where their small
+    updates would round away (float64 over a float64 base). ValueError: see `_check_lora`.
+    """
+
+    def __init__(self, base: nn.Linear, r: int = 8, alpha: float = 16, dropout: float = 0.0) -> None:
+        super().__init__()
+        _check_lora("base", base, r, alpha, dropout)
+        self.in_features, self.out_features, self.r, self.scaling = base.in_features, base.out_features, r, alpha / r
+        self.weight = base.weight.requires_grad_(False)
+        self.bias = None if base.bias is None else base.bias.requires_grad_(False)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(self.weight.new_empty(r, self.in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, r, dtype=dtype))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_dropout = nn.Dropout(dropout)
+        self.train(base.training)
+        # None outside a perturbation. Inside: (std, seed) of a random eps, or eps itself for SAM on W'.
+        self._eps: tuple[Tensor, int] | Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) -> h (..., m)."""
+        if self._eps is None:
+            out = F.linear(x, self.weight, self.bias)  # (..., m)
+        elif isinstance(self._eps, Tensor):
+            out = F.linear(x, (self.weight + self._eps).to(self.weight.dtype), self.bias)  # (..., m)
+        else:
+            out = _NoisyLinear.apply(x, self.weight, self.bias, *self._eps)  # (..., m)
+        down = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
+        return torch.add(out, F.linear(down, self.lora_B), alpha=self.scaling).to(out.dtype)  # (..., m)
+
+    def merged_weight(self) -> Tensor:
+        """W' = W + s B A, (m, n), in the dtype of the adapters so that nothing is rounded away."""
+        return torch.addmm(self.weight.to(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=self.scaling)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """A plain, frozen `nn.Linear` with weight W', rounded once to the dtype of W; this layer stays as it is.
+
+        RuntimeError inside a perturbation.
+        """
+        if self._eps is not None:
+            raise RuntimeError("the model is perturbed: merge outside of the perturbation")
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")  # meta: draws no random numbers
+        linear.weight = nn.Parameter(self.merged_weight().to(self.weight.dtype), requires_grad=False)
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias.clone(), requires_grad=False)
+        return linear.train(self.training)
+
+
+def inject_lora(
+    model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets: str | Sequence[str] = ".*"
+) -> nn.Module:
+    """Freeze `model`, put a `LoRALinear` in place of each `nn.Linear` named by `targets`, return the model.
+
+    `targets` is a regular expression for the whole module name, or a list of names, where "c_attn" or
+    "attn.c_attn" stands for every "transformer.h.N.attn.c_attn". A layer whose weight a second module uses too
+    (GPT-2's lm_head, which is wte) is passed over, since an adapter would untie the two. Layers adapted by an
+    earlier call stay trainable.
+
+    ValueError, before anything is changed: the expression or one of the names matches no such layer, or a
+    matched layer does not pass `_check_lora`.
+    """
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    linears = {k: m for k, m in model.named_modules() if k and isinstance(m, nn.Linear) and uses[id(m.weight)] == 1}
+    patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(name)}" for name in targets]
+    matches = [[name for name in linears if re.fullmatch(pattern, name)] for pattern in patterns]
+    if not matches or not all(matches):
+        raise ValueError(
+            f"targets must name nn.Linear layers with a weight of their own, got {targets!r}; "
+            f"this model has {', '.join(linears) or 'none'}"
+        )
+    matched = {name: linears[name] for names in matches for name in names}
+    for name, linear in matched.items():
+        _check_lora(name, linear, r, alpha, dropout)
+    model.requires_grad_(False)
+    for name, linear in matched.items():
+        _replace(model, name, LoRALinear(linear, r, alpha, dropout))
+    for p in lora_parameters(model):
+        p.requires_grad_(True)
+    return model
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All lora_A and lora_B, in module order: what the optimizer gets."""
+    return list(_named_adapters(model).values())
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapters, `{"transformer.h.0.attn.c_attn.lora_A": (r, n), ...}`, without the base weights."""
+    return {name: p.detach().clone() for name, p in _named_adapters(model).items()}
+
+
+@torch.no_grad()
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy the adapters of `lora_state_dict` in. ValueError, before any is written: missing, extra or mis-shaped."""
+    adapters = _named_adapters(model)
+    missing, extra = sorted(adapters.keys() - state.keys()), sorted(state.keys() - adapters.keys())
+    shapes = [k for k in adapters.keys() & state.keys() if getattr(state[k], "shape", None) != adapters[k].shape]
+    if missing or extra or shapes:
+        raise ValueError(
+            f"the adapters do not fit the model: missing {missing}, not in the model {extra}, "
+            f"of another shape {sorted(shapes)}"
+        )
+    for name, p in adapters.items():
+        p.copy_(state[name])
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Put the merged plain `nn.Linear` in place of each `LoRALinear`, return the model.
+
+    ValueError without such a layer, RuntimeError inside a perturbation; nothing is changed then.
+    """
+    for name, linear in {name: layer.merge() for name, layer in _lora_layers(model).items()}.items():
+        _replace(model, name, linear)
+    return model
+
+
+# ---- The noise -----------------------------------------------------------------------------------------------
+
+
+def filter_std(weight: Tensor, sigma: float) -> Tensor:
+    """std of the noise of each row, (m, 1): sigma |W'_i| / sqrt(n) (eq. 7). In float32 at least: norms of bf16
+    rows taken in bf16 are off by about 0.3 %."""
+    _check_nonnegative("sigma", sigma)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=dtype)  # (m, 1)
+    return norm * (sigma / math.sqrt(weight.shape[1]))
+
+
+def sigma_at(step: int, total_steps: int, sigma: float, schedule: str = "cosine") -> float:
+    """Noise strength at `step`, which counts optimizer steps from 0: sigma times a factor of t = step / total_steps.
+
+    "cosine" (1 - cos(pi t)) / 2, from 0 at the first step towards 1. The paper only says that the strength grows
+    along a cosine; the formula is the official code's. "linear" t, "constant" 1.
+    """
+    _check_nonnegative("sigma", sigma)
+    _check_choice("schedule", schedule, ("cosine", "linear", "constant"))
+    if not (total_steps >= 1 and 0 <= step <= total_steps):
+        raise ValueError(f"step must be from 0 to total_steps = {total_steps!r} >= 1, got {step!r}")
+    t = step / total_steps
+    return sigma * {"cosine": 0.5 * (1 - math.cos(math.pi * t)), "linear": t, "constant": 1.0}[schedule]
+
+
+@contextmanager
+def perturbed(model: nn.Module, sigma: float, seed: Seed) -> Iterator[None]:
+    """Inside, every `LoRALinear` computes (W' + eps) x, with eps drawn by eq. 7 from W' as it is on entry.
+
+    eps depends on (seed, layer) only: the same in every forward and backward inside, independent between layers
+    and seeds, and drawn from generators of its own. W is not written: each product forms W + eps and drops it.
+    A backward under activation checkpointing runs the forward again, so it belongs inside as well.
+
+    ValueError: bad sigma or seed, no `LoRALinear` in the model. RuntimeError: already perturbed. With sigma = 0
+    nothing is drawn and this is plain LoRA.
+    """
+    _check_nonnegative("sigma", sigma)
+    if sigma == 0:
+        yield
+        return
+    layers = list(_lora_layers(model).values())
+    with torch.no_grad():
+        stds = [filter_std(layer.merged_weight(), sigma) for layer in layers]
+    with _eps_set(layers, list(zip(stds, _seeds(seed, len(layers))))):
+        yield
+
+
+class _NoisyLinear(torch.autograd.Function):
+    """(W + eps) x + b. Keeps W (no copy), the seed and the m numbers of std for the backward; eps is made twice.
+
+    W and b are frozen, so the only gradient is that by x. Those by A and B come from the LoRA path of
+    `LoRALinear.forward`: eps is a constant there, and the noise reaches them through x and the loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, std: Tensor, seed: int) -> Tensor:
+        ctx.save_for_backward(weight, std)
+        ctx.seed, ctx.dtype = seed, x.dtype
+        return F.linear(x, _noisy(weight, std, seed), bias)  # (..., m)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, std = ctx.saved_tensors
+        noisy = _noisy(weight, std, ctx.seed).to(grad.dtype)  # grad is half precision under autocast
+        return (grad @ noisy).to(ctx.dtype), None, None, None, None  # (..., n)
+
+
+def _noisy(weight: Tensor, std: Tensor, seed: int) -> Tensor:
+    """W + eps, (m, n): drawn and added in float32, since bf16 normals are another stream, then rounded once."""
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    eps = torch.empty(weight.shape, dtype=std.dtype, device=weight.device).normal_(generator=generator)
+    return eps.mul_(std).add_(weight).to(weight.dtype)
+
+
+# ---- Training steps ------------------------------------------------------------------------------------------
+
+
+def flat_lora_step(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
+    optimizer: torch.optim.Optimizer,
+    sigma: float,
+    seed: Seed,
+    max_grad_norm: float | None = None,
+) -> float:
+    """One step on the expected loss (eq. 6): forward and backward at W' + eps, update of A and B at W'.
+
+    `batches` are the micro-batches of the step. Their mean loss counts and they share one eps, as in the official
+    code. Give each step a seed of its own, such as (run, step). With sigma = 0 this is the LoRA step (and with no
+    `LoRALinear` in the model, the plain one). Returns the loss, which for sigma > 0 is the noisy one.
+
+    ValueError: no batch, or as `perturbed`. FloatingPointError, before the update: the loss is not finite;
+    RuntimeError likewise for the gradient.
+    """
+    optimizer.zero_grad()
+    with perturbed(model, sigma, seed):
+        loss = _mean_loss(model, loss_fn, batches, backward=True)
+    _update(optimizer, max_grad_norm)
+    return loss
+
+
+def sam_step(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
+    optimizer: torch.optim.Optimizer,
+    rho: float,
+    space: str = "lora",
+    max_grad_norm: float | None = None,
+) -> float:
+    """The baseline, sharpness-aware minimisation (Foret et al. 2021), in two passes: the gradient at the point moved
+    by rho along the normalised gradient of the first pass updates A and B.
+
+    "lora" moves A and B; "full" moves W' itself (eq. 5), the ideal, for an (m, n) gradient a layer. The norm is
+    over all layers. Afterwards the factors are restored exactly; W is not written. Returns the loss of the first
+    pass. Errors as in `flat_lora_step`, before the update.
+    """
+    _check_nonnegative("rho", rho)
+    _check_choice("space", space, ("lora", "full"))
+    optimizer.zero_grad()
+    layers = list(_lora_layers(model).values())
+    if space == "lora":
+        factors = lora_parameters(model)
+        loss = _mean_loss(model, loss_fn, batches, backward=True)
+        perturbation = _factors_at(factors, _ascent(factors, rho))
+    else:
+        eps = [layer.lora_A.new_zeros(layer.weight.shape).requires_grad_() for layer in layers]
+        with _eps_set(layers, eps):  # at eps = 0 the gradient by eps is the gradient by W'
+            loss = _mean_loss(model, loss_fn, batches, backward=True)
+        perturbation = _eps_set(layers, _ascent(eps, rho))
+    optimizer.zero_grad()
+    with perturbation:
+        _mean_loss(model, loss_fn, batches, backward=True)
+    _update(optimizer, max_grad_norm)
+    return loss
+
+
+@torch.no_grad()
+def sharpness(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
+    sigma: float,
+    samples: int,
+    seed: Seed,
+    space: str = "full",
+) -> float:
+    """Mean increase of the loss, E[L(w + eps)] - L(w), over `samples` draws of filter-scaled noise (eq. 7).
+
+    "full": w = W'. "lora": w = (A, B), the same law on the rows of A and of B. One seed gives the same directions
+    at every sigma, so calls with growing sigma trace the landscape along them. The model is measured in the mode
+    it is in: call `model.eval()` first. ValueError: samples below 1, or as `perturbed`.
+    """
+    _check_nonnegative("sigma", sigma)
+    _check_choice("space", space, ("full", "lora"))
+    if not samples >= 1:
+        raise ValueError(f"samples must be at least 1, got {samples!r}")
+    factors, clean, increase = lora_parameters(model), _mean_loss(model, loss_fn, batches), 0.0
+    for sample in range(samples):
+        if space == "full":
+            perturbation = perturbed(model, sigma, (seed, sample))
+        else:
+            seeds = _seeds((seed, sample), len(factors))
+            perturbation = _factors_at(factors, [_noisy(p, filter_std(p, sigma), s) for p, s in zip(factors, seeds)])
+        with perturbation:
+            increase += (_mean_loss(model, loss_fn, batches) - clean) / samples
+    return increase
+
+
+# ---- What the above share ------------------------------------------------------------------------------------
+
+
+def _check_nonnegative(name: str, value: Any) -> None:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_lora(name: str, base: Any, r: Any, alpha: Any, dropout: Any) -> None:
+    """ValueError unless `base` is a plain nn.Linear, 1 <= r <= min(m, n), alpha > 0 and 0 <= dropout < 1."""
+    # A subclass may compute something else, or be read past its forward as in nn.MultiheadAttention.
+    if type(base) is not nn.Linear:
+        raise ValueError(f"{name}: must be a plain nn.Linear, got {type(base).__name__}")
+    limit = min(base.weight.shape)
+    if not (isinstance(r, int) and 1 <= r <= limit):
+        raise ValueError(f"{name}: r must be an integer from 1 to min(m, n) = {limit}, got {r!r}")
+    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be a finite number > 0, got {alpha!r}")
+    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+        raise ValueError(f"dropout must be a number >= 0 and < 1, got {dropout!r}")
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        raise ValueError("the model has no LoRALinear layer: call inject_lora first")
+    return layers
+
+
+def _named_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    layers = _lora_layers(model).items()
+    return {f"{name}.{key}".lstrip("."): getattr(layer, key) for name, layer in layers for key in ("lora_A", "lora_B")}
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _seeds(seed: Seed, count: int) -> list[int]:
+    """A seed for each layer. Hashed, because seed + index would give neighbouring steps the same noise."""
+    try:
+        return np.random.SeedSequence([seed]).generate_state(count, np.uint64).tolist()
+    except (TypeError, ValueError):
+        raise ValueError(f"seed must be an integer >= 0 or a sequence of such, got {seed!r}") from None
+
+
+@contextmanager
+def _eps_set(layers: Sequence[LoRALinear], values: Sequence[Any]) -> Iterator[None]:
+    if any(layer._eps is not None for layer in layers):
+        raise RuntimeError("the model is perturbed already: perturbations do not nest")
+    try:
+        for layer, value in zip(layers, values):
+            layer._eps = value
+        yield
+    finally:
+        for layer in layers:
+            layer._eps = None
+
+
+@contextmanager
+def _factors_at(factors: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the factors hold other tensors; afterwards the very ones they held before."""
+    own = [p.data for p in factors]
+    try:
+        for p, value in zip(factors, values):
+            p.data = value
+        yield
+    finally:
+        for p, value in zip(factors, own):
+            p.data = value
+
+
+@torch.no_grad()
+def _ascent(points: Sequence[Tensor], rho: float) -> list[Tensor]:
+    """points + rho g / |g|, with g their gradient and the norm over all of them."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in points]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+    return [p + g * (rho / norm.clamp_min(1e-12)) for p, g in zip(points, grads)]
+
+
+def _mean_loss(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], backward: bool = False) -> float:
+    """The mean loss of the micro-batches; with `backward`, its gradient is added to the `.grad`s."""
+    if len(batches) == 0:
+        raise ValueError("batches must hold at least one micro-batch, got none")
+    losses = []
+    for batch in batches:
+        loss = loss_fn(model, batch) / len(batches)
+        if backward:
+            loss.backward()
+        losses.append(loss.detach())
+    mean = float(torch.stack(losses).sum())  # one wait for the device, not one a micro-batch
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the loss is not finite: {mean}")
+    return mean
+
+
+def _update(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    limit = math.inf if max_grad_norm is None else max_grad_norm
+    nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=True)
+    optimizer.step()

@@ -1,0 +1,228 @@
+"""Both scripts run from the command line, write what they print as JSON, and end bad input in one clear line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import train_gpt2
+import train_toy
+from flatlora import LoRALinear
+
+ROOT = Path(__file__).parent.parent
+TOY = ["--seeds", "2", "--steps", "5", "--pretrain-steps", "5", "--samples", "1"]
+GPT2 = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --pretrain-steps 4 --steps 4 --batch-size 2 --r 2".split()
+GPT2 += "--eval-windows 8 --sharpness-samples 1 --length 8".split()
+
+
+def run(script, *options, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / script), *map(str, options)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """One tiny run of the main job with all the methods, shared by the tests that read what it left."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    done = run("train_gpt2.py", *GPT2, "--seeds", 2, "--methods", *train_gpt2.METHODS, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, json.loads((folder / "out" / "results.json").read_text())
+
+
+# ---- train_gpt2.py -------------------------------------------------------------------------------------------
+
+
+def test_the_main_job_prints_its_tables_and_samples(gpt2):
+    _, printed, results = gpt2
+    for words in ("Results", "Difference to LoRA, paired by seed", "---- base", "---- flat", "sharpness, full"):
+        assert words in printed
+    assert list(results["samples"]) == ["base", *train_gpt2.METHODS]
+    row = next(line for line in printed.splitlines() if line.startswith("test "))
+    assert f"{results['summary']['mean']['base']['test_loss']['mean']:.3f} ±" in row
+
+
+def test_the_json_holds_every_run_and_every_metric(gpt2):
+    _, _, results = gpt2
+    methods = ["base", *train_gpt2.METHODS]
+    assert [(r["seed"], r["method"]) for r in results["runs"]] == [(s, m) for s in (0, 1) for m in methods]
+    for result in results["runs"]:
+        for key in ("train_loss", "val_loss", "test_loss", "ood_loss", "sharp_full"):
+            assert isinstance(result[key], float)
+        assert result["test_bits"] == pytest.approx(result["test_loss"] / 0.6931472)
+    first = {r["method"]: r for r in results["runs"] if r["seed"] == 0}
+    assert {m: r.get("passes") for m, r in first.items()} == {
+        "base": None, "lora": 1, "flat": 1, "sam": 2, "sam-full": 2, "full": 1
+    }  # fmt: skip
+    assert first["lora"]["trainable"] == first["flat"]["trainable"] == 2 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16)
+    difference = results["summary"]["minus_lora"]["flat"]["test_loss"]
+    flat, lora = ([r["test_loss"] for r in results["runs"] if r["method"] == m] for m in ("flat", "lora"))
+    assert difference["mean"] == pytest.approx((flat[0] - lora[0] + flat[1] - lora[1]) / 2) and difference["n"] == 2
+
+
+def test_every_method_starts_from_the_same_adapters_and_batches(tmp_path):
+    """With sigma = 0 and rho = 0 the three methods are one, which they can be only under the same conditions."""
+    options = [*GPT2, "--sigma", 0, "--rho", 0, "--lora-dropout", 0]
+    assert run("train_gpt2.py", *options, cwd=tmp_path).returncode == 0
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    losses = [[r[k] for k in ("train_loss", "test_loss", "ood_loss")] for r in runs if r["method"] != "base"]
+    assert losses[0] == losses[1] and losses[0] == pytest.approx(losses[2], abs=1e-5)
+
+
+def test_the_same_command_gives_the_same_numbers_and_reuses_the_base(gpt2):
+    folder, _, results = gpt2
+    base = next((folder / "out").glob("base-*.pt"))
+    written = base.stat().st_mtime_ns
+    again = run("train_gpt2.py", *GPT2, "--seeds", 2, "--methods", *train_gpt2.METHODS, cwd=folder)
+    assert again.returncode == 0 and base.stat().st_mtime_ns == written and "pre-trained" not in again.stdout
+    repeated = json.loads((folder / "out" / "results.json").read_text())
+    timed = ("ms", "time")
+    strip = lambda runs: [{k: v for k, v in r.items() if k not in timed} for r in runs]  # noqa: E731
+    assert strip(repeated["runs"]) == strip(results["runs"]) and repeated["samples"] == results["samples"]
+
+
+@pytest.mark.parametrize("change", [["--n-embd", "8"], ["--pretrain-steps", "3"], ["--dtype", "bfloat16"]])
+def test_a_changed_configuration_gets_a_base_of_its_own(gpt2, change):
+    folder, _, _ = gpt2
+    before = set((folder / "out").glob("base-*.pt"))
+    done = run("train_gpt2.py", *GPT2, "--methods", "lora", "flat", "--grad-accum", 2, *change, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert len(set((folder / "out").glob("base-*.pt")) - before) == 1
+
+
+def test_a_saved_adapter_generates_again_what_the_run_showed(gpt2):
+    folder, _, results = gpt2
+    state = torch.load(folder / "out" / "sam.pt", weights_only=True)
+    assert all(".lora_" in name for name in state["adapters"])  # adapters only
+    done = run(
+        "train_gpt2.py", "--sample", "--adapter", "out/sam-full.pt", "--prompt", "def ", "--length", 5, cwd=folder
+    )
+    assert done.returncode == 0 and "---- sam-full" in done.stdout and "\ndef " in done.stdout
+
+
+def test_own_text_replaces_the_data(tmp_path):
+    text = tmp_path / "text"
+    text.write_bytes(bytes(range(256)) * 8)  # any bytes will do
+    options = ["--text", text, "--ood", text, "--pretrain-text", text, "--methods", "lora"]
+    assert run("train_gpt2.py", *GPT2, *options, cwd=tmp_path).returncode == 0
+
+
+def test_the_model_is_gpt2():
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(2, 2, 8, 4))
+    names = dict(model.named_parameters())
+    assert "transformer.h.1.attn.c_attn.weight" in names and "transformer.wpe.weight" in names
+    assert "lm_head.weight" not in names  # tied to transformer.wte.weight
+    tokens = torch.randint(256, (1, 4))
+    changed = tokens.clone()
+    changed[0, 3] = (changed[0, 3] + 1) % 256
+    torch.testing.assert_close(model(tokens)[0, :3], model(changed)[0, :3])  # causal
+    assert not torch.allclose(model(tokens)[0, 3], model(changed)[0, 3])
+
+
+def test_files_are_dealt_out_and_short_lists_are_cut():
+    files = [bytes([i]) for i in range(7)]
+    assert train_gpt2.split(files) == {"train": bytes([0, 3, 4, 5]), "val": bytes([1, 6]), "test": bytes([2])}
+    assert train_gpt2.split([bytes(range(10))]) == {
+        "train": bytes(range(6)), "val": bytes([6, 7]), "test": bytes([8, 9])
+    }  # fmt: skip
+
+
+def test_missing_standard_library_sources_name_the_option():
+    with pytest.raises(ValueError, match="no sources of its package nothing_here: give your own text, --text FILE"):
+        train_gpt2.package_sources("nothing_here", "--text")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sigma", "-1"], "sigma must be a finite number >= 0, got -1"),
+        (["--rho", "nan"], "rho must be a finite number >= 0, got nan"),
+        (["--r", "0"], "r must be an integer from 1 to"),
+        (["--r", "17"], "r must be an integer from 1 to min(m, n) = 16, got 17"),
+        (["--schedule", "cubic"], "schedule must be one of cosine, linear, constant, got 'cubic'"),
+        (["--device", "tpu"], "--device must be cpu, cuda or auto, got 'tpu'"),
+        (["--dtype", "int8"], "--dtype must be float32 or bfloat16, got 'int8'"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--lr", "inf"], "--lr must be above 0 and finite"),
+        (["--n-head", "3"], "--n-embd must be a multiple of --n-head = 3, got 16"),
+        (["--dropout", "1"], "--dropout must be"),
+        (["--text", "EMPTY"], "EMPTY is empty"),
+        (["--text", "SHORT"], "text is 3 bytes, shorter than --block-size 16 + 1"),
+        (["--text", "nowhere"], "No such file or directory: 'nowhere'"),
+        (["--sample"], "--sample needs --adapter FILE and --prompt TEXT"),
+        (["--sample", "--adapter", "nowhere.pt", "--prompt", "a"], "nowhere.pt does not exist"),
+        (["--sample", "--adapter", "SHORT", "--prompt", "a"], "SHORT is not a checkpoint of this script"),
+        (["--sample", "--adapter", "OTHER", "--prompt", "a"], "OTHER is not a checkpoint of this script"),
+        (["--sample", "--adapter", "WRONG", "--prompt", "a"], "the adapters do not fit the model"),
+    ],
+)
+def test_bad_input_ends_in_one_clear_line(gpt2, tmp_path, options, words):
+    folder, _, _ = gpt2
+    (tmp_path / "EMPTY").write_bytes(b"")
+    (tmp_path / "SHORT").write_bytes(b"short")
+    torch.save({"weights": torch.ones(1)}, tmp_path / "OTHER")
+    base = next((folder / "out").glob("base-*.pt"))
+    torch.save({"base": str(base), "r": 2, "alpha": 4, "adapters": {"x": torch.ones(1)}}, tmp_path / "WRONG")
+    done = run("train_gpt2.py", *GPT2, *options, cwd=tmp_path)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.startswith("train_gpt2.py: ") and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+# ---- train_toy.py --------------------------------------------------------------------------------------------
+
+
+def test_the_toy_prints_table_landscape_and_verdict(tmp_path):
+    done = run("train_toy.py", *TOY, "--methods", *train_toy.METHODS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("Results", "paired by seed", "Landscape", "Figure 1 of the paper"):
+        assert words in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80 + 16  # four methods; three fit 80 columns
+    results = json.loads((tmp_path / "out" / "toy.json").read_text())
+    assert [(r["seed"], r["method"]) for r in results["runs"]] == [(s, m) for s in (0, 1) for m in train_toy.METHODS]
+    for result in results["runs"]:
+        assert len(result["landscape_full"]) == len(result["landscape_lora"]) == len(train_toy.STRENGTHS)
+        assert result["landscape_full"][0] == 0 and result["sharp_full"] in result["landscape_full"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sigma", "-1"], "sigma must be a finite number >= 0"),
+        (["--r", "99"], "r must be an integer from 1 to"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--label-noise", "2"], "--label-noise must be from 0 to 1"),
+        (["--schedule", "cubic"], "schedule must be one of"),
+    ],
+)
+def test_the_toy_ends_bad_input_in_one_line(tmp_path, options, words):
+    done = run("train_toy.py", *TOY, *options, cwd=tmp_path)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.startswith("train_toy.py: ") and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+def test_intervals_are_student_t():
+    stat = train_toy.interval([1.0, 2.0, 3.0, 4.0])
+    assert stat == {"mean": 2.5, "half": pytest.approx(3.182 * 1.2909944 / 2), "n": 4}
+    assert train_toy.interval([5.0])["half"] is None and train_toy.interval([1.0, None]) is None
+
+
+def test_the_verdict_can_go_either_way():
+    sharp = [{"method": "lora", "sharp_lora": 0.1 + i / 1000, "sharp_full": 0.3} for i in range(3)]
+    flat = [{"method": "lora", "sharp_lora": 0.3 + i / 1000, "sharp_full": 0.3} for i in range(3)]
+    assert "is shown here" in train_toy.verdict(sharp).replace("\n", " ")
+    assert "is NOT shown here" in train_toy.verdict(flat).replace("\n", " ")
+
+
+def test_the_low_rank_change_is_of_low_rank_and_of_the_given_size():
+    torch.manual_seed(0)
+    teacher = train_toy.random_teacher()
+    changed = train_toy.low_rank_change(teacher, 0.3, rank=2)
+    delta = changed[2].weight - teacher[2].weight
+    assert torch.linalg.matrix_rank(delta, rtol=1e-4) == 2
+    assert delta.norm() / teacher[2].weight.norm() == pytest.approx(0.3, rel=1e-4)
+    assert not any(isinstance(m, (LoRALinear, nn.Dropout)) for m in changed.modules())
