@@ -488,11 +488,16 @@ def check(args: argparse.Namespace) -> None:
     counts = ("seeds", "train_bytes", "eval_windows", "n_layer", "n_head", "n_embd", "block_size", "pretrain_steps")
     counts += ("steps", "batch_size", "grad_accum", "sharpness_samples", "length", "top_k")
     positive = ("pretrain_lr", "lr", "full_lr", "clip", "temperature")
-    for names, low, words in ((counts, 1, "at least 1"), (positive, 1e-12, "above 0"), (("warmup",), 0, "at least 0")):
+    natural = ("warmup", "weight_decay", "rho", "rho_full", "sharpness_sigma")
+    for names, holds, words in (
+        (counts, lambda v: v >= 1, "at least 1"),
+        (positive, lambda v: 0 < v < math.inf, "above 0 and finite"),
+        (natural, lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+        (("dropout",), lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ):
         for name in names:
-            value = getattr(args, name)
-            if not low <= value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be {words} and finite, got {value}")
+            if not holds(getattr(args, name)):
+                raise ValueError(f"--{name.replace('_', '-')} must be {words}, got {getattr(args, name)}")
     if args.n_embd % args.n_head:
         raise ValueError(f"--n-embd must be a multiple of --n-head = {args.n_head}, got {args.n_embd}")
     if args.dtype not in ("float32", "bfloat16"):

@@ -16,21 +16,32 @@ from flatlora import LoRALinear
 
 ROOT = Path(__file__).parent.parent
 TOY = ["--seeds", "2", "--steps", "5", "--pretrain-steps", "5", "--samples", "1"]
-GPT2 = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --pretrain-steps 4 --steps 4 --batch-size 2 --r 2".split()
-GPT2 += "--eval-windows 8 --sharpness-samples 1 --length 8".split()
+GPT2 = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--pretrain-steps", "4"]
+GPT2 += ["--steps", "4", "--batch-size", "2", "--r", "2", "--eval-windows", "8", "--sharpness-samples", "1"]
+GPT2 += ["--length", "8"]
+ALL = [*GPT2, "--seeds", "2", "--methods", *train_gpt2.METHODS, "--prompt", "def prompt("]
 
 
 def run(script, *options, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the models are too small to share
     command = [sys.executable, str(ROOT / script), *map(str, options)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def ending(main, options, monkeypatch, capsys):
+    """The one line that bad input leaves, before any work."""
+    monkeypatch.setattr(sys, "argv", ["script", *options])
+    with pytest.raises(SystemExit) as error:
+        main()
+    assert capsys.readouterr().out == "" and "\n" not in str(error.value)
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     """One tiny run of the main job with all the methods, shared by the tests that read what it left."""
     folder = tmp_path_factory.mktemp("gpt2")
-    done = run("train_gpt2.py", *GPT2, "--seeds", 2, "--methods", *train_gpt2.METHODS, cwd=folder)
+    done = run("train_gpt2.py", *ALL, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout, json.loads((folder / "out" / "results.json").read_text())
 
@@ -78,7 +89,7 @@ def test_the_same_command_gives_the_same_numbers_and_reuses_the_base(gpt2):
     folder, _, results = gpt2
     base = next((folder / "out").glob("base-*.pt"))
     written = base.stat().st_mtime_ns
-    again = run("train_gpt2.py", *GPT2, "--seeds", 2, "--methods", *train_gpt2.METHODS, cwd=folder)
+    again = run("train_gpt2.py", *ALL, cwd=folder)
     assert again.returncode == 0 and base.stat().st_mtime_ns == written and "pre-trained" not in again.stdout
     repeated = json.loads((folder / "out" / "results.json").read_text())
     timed = ("ms", "time")
@@ -99,10 +110,9 @@ def test_a_saved_adapter_generates_again_what_the_run_showed(gpt2):
     folder, _, results = gpt2
     state = torch.load(folder / "out" / "sam.pt", weights_only=True)
     assert all(".lora_" in name for name in state["adapters"])  # adapters only
-    done = run(
-        "train_gpt2.py", "--sample", "--adapter", "out/sam-full.pt", "--prompt", "def ", "--length", 5, cwd=folder
-    )
-    assert done.returncode == 0 and "---- sam-full" in done.stdout and "\ndef " in done.stdout
+    options = ["--sample", "--adapter", "out/sam.pt", "--prompt", "def prompt(", "--length", 8]
+    done = run("train_gpt2.py", *options, cwd=folder)
+    assert done.returncode == 0 and done.stdout.split("-\n", 1)[1] == results["samples"]["sam"] + "\n"
 
 
 def test_own_text_replaces_the_data(tmp_path):
@@ -141,16 +151,17 @@ def test_missing_standard_library_sources_name_the_option():
     ("options", "words"),
     [
         (["--sigma", "-1"], "sigma must be a finite number >= 0, got -1"),
-        (["--rho", "nan"], "rho must be a finite number >= 0, got nan"),
+        (["--rho", "nan"], "--rho must be at least 0 and finite, got nan"),
         (["--r", "0"], "r must be an integer from 1 to"),
         (["--r", "17"], "r must be an integer from 1 to min(m, n) = 16, got 17"),
         (["--schedule", "cubic"], "schedule must be one of cosine, linear, constant, got 'cubic'"),
         (["--device", "tpu"], "--device must be cpu, cuda or auto, got 'tpu'"),
         (["--dtype", "int8"], "--dtype must be float32 or bfloat16, got 'int8'"),
         (["--steps", "0"], "--steps must be at least 1"),
-        (["--lr", "inf"], "--lr must be above 0 and finite"),
+        (["--lr", "inf"], "--lr must be above 0 and finite, got inf"),
         (["--n-head", "3"], "--n-embd must be a multiple of --n-head = 3, got 16"),
-        (["--dropout", "1"], "--dropout must be"),
+        (["--dropout", "1"], "--dropout must be at least 0 and below 1, got 1.0"),
+        (["--warmup", "-1"], "--warmup must be at least 0 and finite, got -1"),
         (["--text", "EMPTY"], "EMPTY is empty"),
         (["--text", "SHORT"], "text is 3 bytes, shorter than --block-size 16 + 1"),
         (["--text", "nowhere"], "No such file or directory: 'nowhere'"),
@@ -161,16 +172,15 @@ def test_missing_standard_library_sources_name_the_option():
         (["--sample", "--adapter", "WRONG", "--prompt", "a"], "the adapters do not fit the model"),
     ],
 )
-def test_bad_input_ends_in_one_clear_line(gpt2, tmp_path, options, words):
+def test_bad_input_ends_in_one_clear_line(gpt2, tmp_path, monkeypatch, capsys, options, words):
     folder, _, _ = gpt2
     (tmp_path / "EMPTY").write_bytes(b"")
     (tmp_path / "SHORT").write_bytes(b"short")
     torch.save({"weights": torch.ones(1)}, tmp_path / "OTHER")
     base = next((folder / "out").glob("base-*.pt"))
     torch.save({"base": str(base), "r": 2, "alpha": 4, "adapters": {"x": torch.ones(1)}}, tmp_path / "WRONG")
-    done = run("train_gpt2.py", *GPT2, *options, cwd=tmp_path)
-    assert done.returncode != 0 and done.stdout == ""
-    assert done.stderr.startswith("train_gpt2.py: ") and done.stderr.count("\n") == 1 and words in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert words in ending(train_gpt2.main, [*GPT2, *options], monkeypatch, capsys)
 
 
 # ---- train_toy.py --------------------------------------------------------------------------------------------
@@ -199,10 +209,16 @@ def test_the_toy_prints_table_landscape_and_verdict(tmp_path):
         (["--schedule", "cubic"], "schedule must be one of"),
     ],
 )
-def test_the_toy_ends_bad_input_in_one_line(tmp_path, options, words):
-    done = run("train_toy.py", *TOY, *options, cwd=tmp_path)
-    assert done.returncode != 0 and done.stdout == ""
-    assert done.stderr.startswith("train_toy.py: ") and done.stderr.count("\n") == 1 and words in done.stderr
+def test_the_toy_ends_bad_input_in_one_line(tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in ending(train_toy.main, [*TOY, *options], monkeypatch, capsys)
+
+
+def test_a_shell_sees_the_line_and_a_failure(tmp_path):
+    for script in ("train_toy.py", "train_gpt2.py"):
+        done = run(script, "--sigma", "-1", cwd=tmp_path)
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr == f"{script}: sigma must be a finite number >= 0, got -1.0\n"
 
 
 def test_intervals_are_student_t():

@@ -44,15 +44,11 @@ def test_micro_batches_equal_one_batch_under_the_same_noise():
 
 def test_gradients_do_not_carry_over_from_the_step_before():
     model, data = adapted_mlp(), batch()
-    first = [
-        flat_lora_step(model, loss_fn, [data], sgd(model, lr=0), 0.3, seed=1),
-        lora_parameters(model)[0].grad.clone(),
-    ]
-    again = [
-        flat_lora_step(model, loss_fn, [data], sgd(model, lr=0), 0.3, seed=1),
-        lora_parameters(model)[0].grad.clone(),
-    ]
-    assert first[0] == again[0] and torch.equal(first[1], again[1])
+    results = []
+    for _ in range(2):
+        loss = flat_lora_step(model, loss_fn, [data], sgd(model, lr=0), 0.3, seed=1)
+        results.append([torch.tensor(loss), *(p.grad.clone() for p in lora_parameters(model))])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_clipping_scales_the_gradient_to_the_given_norm():
