@@ -162,9 +162,11 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
     ValueError without such a layer, RuntimeError inside a perturbation; nothing is changed then.
     """
-    for name, linear in {name: layer.merge() for name, layer in _lora_layers(model).items()}.items():
-        _replace(model, name, linear)
-    return model
+    merged = {name: layer.merge() for name, layer in _lora_layers(model).items()}
+    for name, linear in merged.items():
+        if name:
+            _replace(model, name, linear)
+    return merged.get("", model)  # "": the model is a LoRALinear itself
 
 
 # ---- The noise -----------------------------------------------------------------------------------------------

@@ -120,6 +120,14 @@ def test_merge_gives_plain_linears_with_the_same_outputs_and_leaves_the_base_alo
     assert base["0.weight"] == weight.detach().numpy().tobytes()
 
 
+def test_a_model_that_is_one_adapted_layer_merges_too():
+    layer, x = LoRALinear(nn.Linear(8, 4), r=2), torch.randn(3, 8)
+    nn.init.normal_(layer.lora_B)
+    merged = merge_lora(layer)
+    assert type(merged) is nn.Linear
+    torch.testing.assert_close(merged(x), layer(x))
+
+
 def test_merge_rounds_a_half_precision_base_once():
     layer = LoRALinear(nn.Linear(8, 12).bfloat16(), r=3)
     nn.init.normal_(layer.lora_B)

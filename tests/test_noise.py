@@ -312,6 +312,19 @@ def test_activation_checkpointing_gives_the_same_gradients(device):
     torch.testing.assert_close(grads[0], grads[1])
 
 
+def test_a_backward_after_the_context_still_sees_its_noise():
+    model, data = adapted_mlp(), batch()
+    grads = []
+    for inside in (True, False):
+        with perturbed(model, 0.3, seed=0):
+            loss = loss_fn(model, data)
+            if inside:
+                grads.append(torch.autograd.grad(loss, lora_parameters(model)))
+        if not inside:
+            grads.append(torch.autograd.grad(loss, lora_parameters(model)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def test_a_checkpointed_backward_outside_of_the_noise_fails_loudly():
     model = adapted_mlp()
     with perturbed(model, 0.3, seed=0):

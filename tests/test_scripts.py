@@ -101,7 +101,7 @@ def test_the_same_command_gives_the_same_numbers_and_reuses_the_base(gpt2):
 def test_a_changed_configuration_gets_a_base_of_its_own(gpt2, change):
     folder, _, _ = gpt2
     before = set((folder / "out").glob("base-*.pt"))
-    done = run("train_gpt2.py", *GPT2, "--methods", "lora", "flat", "--grad-accum", 2, *change, cwd=folder)
+    done = run("train_gpt2.py", *GPT2, "--methods", "lora", *change, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert len(set((folder / "out").glob("base-*.pt")) - before) == 1
 
@@ -118,7 +118,7 @@ def test_a_saved_adapter_generates_again_what_the_run_showed(gpt2):
 def test_own_text_replaces_the_data(tmp_path):
     text = tmp_path / "text"
     text.write_bytes(bytes(range(256)) * 8)  # any bytes will do
-    options = ["--text", text, "--ood", text, "--pretrain-text", text, "--methods", "lora"]
+    options = ["--text", text, "--ood", text, "--pretrain-text", text, "--methods", "flat", "--grad-accum", 2]
     assert run("train_gpt2.py", *GPT2, *options, cwd=tmp_path).returncode == 0
 
 
