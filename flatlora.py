@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Seed = int | Sequence[Any]  # an int >= 0, or a (nested) sequence of them, such as (run, step)
+Batches = Sequence[Any]  # the micro-batches of one step, each what loss_fn takes
 LossFn = Callable[[nn.Module, Any], Tensor]  # loss_fn(model, batch) -> scalar, a mean over the batch
 
 # ---- LoRA ----------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ def _noisy(weight: Tensor, std: Tensor, seed: int) -> Tensor:
 def flat_lora_step(
     model: nn.Module,
     loss_fn: LossFn,
-    batches: Sequence[Any],
+    batches: Batches,
     optimizer: torch.optim.Optimizer,
     sigma: float,
     seed: Seed,
@@ -262,8 +263,7 @@ def flat_lora_step(
     code. Give each step a seed of its own, such as (run, step). With sigma = 0 this is the LoRA step (and with no
     `LoRALinear` in the model, the plain one). Returns the loss, which for sigma > 0 is the noisy one.
 
-    ValueError: no batch, or as `perturbed`. FloatingPointError, before the update: the loss is not finite;
-    RuntimeError likewise for the gradient.
+    ValueError: no batch, or as `perturbed`. FloatingPointError, before the update: loss or gradient not finite.
     """
     optimizer.zero_grad()
     with perturbed(model, sigma, seed):
@@ -275,7 +275,7 @@ def flat_lora_step(
 def sam_step(
     model: nn.Module,
     loss_fn: LossFn,
-    batches: Sequence[Any],
+    batches: Batches,
     optimizer: torch.optim.Optimizer,
     rho: float,
     space: str = "lora",
@@ -310,13 +310,7 @@ def sam_step(
 
 @torch.no_grad()
 def sharpness(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[Any],
-    sigma: float,
-    samples: int,
-    seed: Seed,
-    space: str = "full",
+    model: nn.Module, loss_fn: LossFn, batches: Batches, sigma: float, samples: int, seed: Seed, space: str = "full"
 ) -> float:
     """Mean increase of the loss, E[L(w + eps)] - L(w), over `samples` draws of filter-scaled noise (eq. 7).
 
@@ -426,7 +420,7 @@ def _ascent(points: Sequence[Tensor], rho: float) -> list[Tensor]:
     return [p + g * (rho / norm.clamp_min(1e-12)) for p, g in zip(points, grads)]
 
 
-def _mean_loss(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], backward: bool = False) -> float:
+def _mean_loss(model: nn.Module, loss_fn: LossFn, batches: Batches, backward: bool = False) -> float:
     """The mean loss of the micro-batches; with `backward`, its gradient is added to the `.grad`s."""
     if len(batches) == 0:
         raise ValueError("batches must hold at least one micro-batch, got none")
@@ -444,6 +438,7 @@ def _mean_loss(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], backwa
 
 def _update(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    limit = math.inf if max_grad_norm is None else max_grad_norm
-    nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=True)
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient is not finite: its norm is {float(norm)}")
     optimizer.step()

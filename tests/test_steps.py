@@ -204,7 +204,7 @@ def test_a_gradient_that_is_not_finite_raises_before_the_update(step):
         loss.register_hook(lambda grad: grad * float("inf"))
         return loss
 
-    with pytest.raises((RuntimeError, FloatingPointError), match="finite"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         step(model, bad_loss_fn, [batch()], sgd(model))
     assert all(torch.equal(p, q) for p, q in zip(lora_parameters(model), before))
 
