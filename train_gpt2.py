@@ -139,10 +139,9 @@ class GPT(nn.Module):
         """tokens (B, T) -> logits (B, T, vocab_size)."""
         part = self.transformer
         x = part["wte"](tokens) + part["wpe"](torch.arange(tokens.shape[1], device=tokens.device))  # (B, T, C)
-        x = part["drop"](x)
-        for block in part["h"]:
-            x = block(x)
-        return self.lm_head(part["ln_f"](x))  # (B, T, vocab_size)
+        for layer in (part["drop"], *part["h"], part["ln_f"]):
+            x = layer(x)  # (B, T, C)
+        return self.lm_head(x)  # (B, T, vocab_size)
 
 
 @torch.no_grad()
@@ -354,8 +353,8 @@ def finetune(base: GPT, method: str, data: dict[str, Tensor], seed: int, args: a
     return model, {"method": method, "seed": seed, **cost, **measure(model, data, args)}
 
 
-def measure(model: GPT, data: dict[str, Tensor], args: argparse.Namespace) -> dict[str, float | None]:
-    result: dict[str, float | None] = {}
+def measure(model: nn.Module, data: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     for name in ("train", "val", "test", "ood"):
         result[f"{name}_loss"] = evaluate(model, data[name], args)
         result[f"{name}_bits"] = result[f"{name}_loss"] / math.log(2)  # a token is a byte
@@ -403,7 +402,8 @@ def compare(args: argparse.Namespace) -> None:
     base, path = pretrained(config, data["pretrain"], args)
     methods = ["base", *dict.fromkeys(args.methods)]
     baseline = measure(base, data, args)
-    runs, models = [], {"base": base}
+    runs: list[dict[str, Any]] = []
+    models = {"base": base}
     for seed in range(args.seeds):
         runs.append({"method": "base", "seed": seed, **baseline})
         for method in methods[1:]:
@@ -485,15 +485,15 @@ def main() -> None:
 
 def check(args: argparse.Namespace) -> None:
     """The options that nothing else checks; turns --device into a torch.device."""
-    counts = ("seeds", "train_bytes", "eval_windows", "n_layer", "n_head", "n_embd", "block_size", "pretrain_steps")
-    counts += ("steps", "batch_size", "grad_accum", "sharpness_samples", "length", "top_k")
-    positive = ("pretrain_lr", "lr", "full_lr", "clip", "temperature")
-    natural = ("warmup", "weight_decay", "rho", "rho_full", "sharpness_sigma")
+    counts = ["seeds", "train_bytes", "eval_windows", "n_layer", "n_head", "n_embd", "block_size", "pretrain_steps"]
+    counts += ["steps", "batch_size", "grad_accum", "sharpness_samples", "length", "top_k"]
+    positive = ["pretrain_lr", "lr", "full_lr", "clip", "temperature"]
+    natural = ["warmup", "weight_decay", "rho", "rho_full", "sharpness_sigma"]
     for names, holds, words in (
         (counts, lambda v: v >= 1, "at least 1"),
         (positive, lambda v: 0 < v < math.inf, "above 0 and finite"),
         (natural, lambda v: 0 <= v < math.inf, "at least 0 and finite"),
-        (("dropout",), lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        (["dropout"], lambda v: 0 <= v < 1, "at least 0 and below 1"),
     ):
         for name in names:
             if not holds(getattr(args, name)):

@@ -215,16 +215,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def chart(curves: dict[str, dict[str, list[float]]], height: int = 12) -> str:
-    """Rise of the loss, curves[space][method] over STRENGTHS: a panel a space, one scale, a letter a method."""
-    top = max(max(rise) for panel in curves.values() for rise in panel.values())
+    """Rise of the loss, curves[space][method] over STRENGTHS: a panel a space, one scale, a letter a method. Falls
+    stand at 0."""
+    top = max(1e-9, *(max(rise) for panel in curves.values() for rise in panel.values()))
     methods = list(next(iter(curves.values())))
     points, group = range(len(STRENGTHS)), len(methods) + 1  # the methods stand side by side, so none hides another
     lines = ["rise   " + "".join(f"{space:<{group * len(STRENGTHS) + 3}}" for space in curves)]
     for level in range(height, -1, -1):
         line = f"{top * level / height:5.2f}"
         for panel in curves.values():
-            at = [[METHODS[m] if round(panel[m][i] / top * height) == level else " " for m in methods] for i in points]
-            line += " |" + " ".join("".join(marks) for marks in at) + " "
+            heights = [[max(0, round(panel[m][i] / top * height)) for m in methods] for i in points]
+            marks = ["".join(METHODS[m] if h == level else " " for m, h in zip(methods, at)) for at in heights]
+            line += f" |{' '.join(marks)} "
         lines.append(line.rstrip())
     axis = "".join(f"{f'{s:g}':<{group}}" for s in STRENGTHS)
     lines.append("sigma  " + f"{axis}   {axis}".rstrip())

@@ -227,6 +227,18 @@ def test_intervals_are_student_t():
     assert train_toy.interval([5.0])["half"] is None and train_toy.interval([1.0, None]) is None
 
 
+def test_the_chart_shows_every_method_once_a_strength_also_where_the_loss_falls():
+    points = len(train_toy.STRENGTHS)
+    curves = {
+        "LoRA space": {"lora": [0.0] * points, "flat": [-0.5] * points},
+        "full space": {"lora": [0.1 * i for i in range(points)], "flat": [0.0] * points},
+    }
+    lines = train_toy.chart(curves).splitlines()
+    assert "".join(lines[1:-1]).count("L") == "".join(lines[1:-1]).count("F") == 2 * points
+    assert lines[1].startswith(" 0.60 |") and lines[1].endswith("L") and lines[-2].startswith(" 0.00 |LF LF LF")
+    assert train_toy.chart({"full space": {"sam": [0.0] * points}}).count("S") == points
+
+
 def test_the_verdict_can_go_either_way():
     sharp = [{"method": "lora", "sharp_lora": 0.1 + i / 1000, "sharp_full": 0.3} for i in range(3)]
     flat = [{"method": "lora", "sharp_lora": 0.3 + i / 1000, "sharp_full": 0.3} for i in range(3)]
