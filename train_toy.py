@@ -263,7 +263,7 @@ def main() -> None:
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--steps", type=int, default=300, help="optimizer steps (300)")
     add("--batch-size", type=int, default=64, help="samples a step (64)")
-    add("--lr", type=float, default=5e-3, help="AdamW learning rate, decayed along a cosine (5e-3)")
+    add("--lr", type=float, default=1e-3, help="AdamW learning rate, decayed along a cosine (1e-3)")
     add("--r", type=int, default=4, help="rank of the adapters (4)")
     add("--alpha", type=float, default=8, help="their scaling is alpha / r (8)")
     add("--sigma", type=float, default=0.6, help="flat: noise strength at the end of the ramp (0.6)")
