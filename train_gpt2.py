@@ -203,7 +203,8 @@ def load_data(args: argparse.Namespace) -> dict[str, Tensor]:
     texts = split(read_files(args.text) if args.text else package_sources("email", "--text"))
     texts["ood"] = b"".join(read_files(args.ood) if args.ood else package_sources("asyncio", "--ood"))
     texts["pretrain"] = b"".join(read_files(args.pretrain_text)) if args.pretrain_text else english()
-    texts["train"] = texts["train"][: args.train_bytes]
+    # The built-in text is cut so that it is scarce: with plenty there is nothing to regularise.
+    texts["train"] = texts["train"][: args.train_bytes or (None if args.text else 30_000)]
     for name, text in texts.items():
         if len(text) < args.block_size + 1:
             raise ValueError(f"the {name} text is {len(text)} bytes, shorter than --block-size {args.block_size} + 1")
@@ -440,7 +441,7 @@ def main() -> None:
     add("--text", type=Path, nargs="+", metavar="FILE", help="fine-tune on these (sources of the email package)")
     add("--ood", type=Path, nargs="+", metavar="FILE", help="out-of-domain test (sources of the asyncio package)")
     add("--pretrain-text", type=Path, nargs="+", metavar="FILE", help="pre-train on these (the reference of help())")
-    add("--train-bytes", type=int, default=30_000, help="use at most so much of the training split (30000)")
+    add("--train-bytes", type=int, help="use at most so much of the training split (all of --text, else 30000)")
     add("--eval-windows", type=int, default=400, help="at most so many contexts a split in an evaluation (400)")
     add = parser.add_argument_group("model and pre-training").add_argument
     add("--n-layer", type=int, default=4, help="blocks (4)")
@@ -496,8 +497,9 @@ def check(args: argparse.Namespace) -> None:
         (["dropout"], lambda v: 0 <= v < 1, "at least 0 and below 1"),
     ):
         for name in names:
-            if not holds(getattr(args, name)):
-                raise ValueError(f"--{name.replace('_', '-')} must be {words}, got {getattr(args, name)}")
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"--{name.replace('_', '-')} must be {words}, got {value}")
     if args.n_embd % args.n_head:
         raise ValueError(f"--n-embd must be a multiple of --n-head = {args.n_head}, got {args.n_embd}")
     if args.dtype not in ("float32", "bfloat16"):

@@ -220,7 +220,7 @@ def chart(curves: dict[str, dict[str, list[float]]], height: int = 12) -> str:
     top = max(1e-9, *(max(rise) for panel in curves.values() for rise in panel.values()))
     methods = list(next(iter(curves.values())))
     points, group = range(len(STRENGTHS)), len(methods) + 1  # the methods stand side by side, so none hides another
-    lines = ["rise   " + "".join(f"{space:<{group * len(STRENGTHS) + 3}}" for space in curves)]
+    lines = [("rise   " + "".join(f"{space:<{group * len(STRENGTHS) + 3}}" for space in curves)).rstrip()]
     for level in range(height, -1, -1):
         line = f"{top * level / height:5.2f}"
         for panel in curves.values():

@@ -142,6 +142,16 @@ def test_files_are_dealt_out_and_short_lists_are_cut():
     }  # fmt: skip
 
 
+def test_own_text_is_used_whole_and_the_built_in_one_is_cut(tmp_path, monkeypatch):
+    (tmp_path / "text").write_bytes(b"ab" * 50_000)
+    sizes = []
+    for options in (["--text", str(tmp_path / "text")], [], ["--train-bytes", "500"]):
+        monkeypatch.setattr(train_gpt2, "compare", lambda args: sizes.append(len(train_gpt2.load_data(args)["train"])))
+        monkeypatch.setattr(sys, "argv", ["script", *options])
+        train_gpt2.main()
+    assert sizes == [60_000, 30_000, 500]
+
+
 def test_missing_standard_library_sources_name_the_option():
     with pytest.raises(ValueError, match="no sources of its package nothing_here: give your own text, --text FILE"):
         train_gpt2.package_sources("nothing_here", "--text")
@@ -158,6 +168,7 @@ def test_missing_standard_library_sources_name_the_option():
         (["--device", "tpu"], "--device must be cpu, cuda or auto, got 'tpu'"),
         (["--dtype", "int8"], "--dtype must be float32 or bfloat16, got 'int8'"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--train-bytes", "0"], "--train-bytes must be at least 1, got 0"),
         (["--lr", "inf"], "--lr must be above 0 and finite, got inf"),
         (["--n-head", "3"], "--n-embd must be a multiple of --n-head = 3, got 16"),
         (["--dropout", "1"], "--dropout must be at least 0 and below 1, got 1.0"),
