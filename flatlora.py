@@ -116,7 +116,10 @@ def inject_lora(
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     linears = {k: m for k, m in model.named_modules() if k and isinstance(m, nn.Linear) and uses[id(m.weight)] == 1}
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(name)}" for name in targets]
-    matches = [[name for name in linears if re.fullmatch(pattern, name)] for pattern in patterns]
+    try:
+        matches = [[name for name in linears if re.fullmatch(pattern, name)] for pattern in patterns]
+    except re.error as error:
+        raise ValueError(f"targets must be a regular expression or a list of names, got {targets!r}: {error}") from None
     if not matches or not all(matches):
         raise ValueError(
             f"targets must name nn.Linear layers with a weight of their own, got {targets!r}; "

@@ -1,5 +1,6 @@
 """Both scripts run from the command line, write what they print as JSON, and end bad input in one clear line."""
 
+import ast
 import json
 import os
 import subprocess
@@ -192,6 +193,15 @@ def test_bad_input_ends_in_one_clear_line(gpt2, tmp_path, monkeypatch, capsys, o
     torch.save({"base": str(base), "r": 2, "alpha": 4, "adapters": {"x": torch.ones(1)}}, tmp_path / "WRONG")
     monkeypatch.chdir(tmp_path)
     assert words in ending(train_gpt2.main, [*GPT2, *options], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("file", ["flatlora.py", "train_toy.py", "train_gpt2.py"])
+def test_nothing_beyond_torch_numpy_and_tqdm_is_imported(file):
+    nodes = list(ast.walk(ast.parse((ROOT / file).read_text())))
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    names = {module.split(".")[0] for module in modules}
+    assert names - sys.stdlib_module_names <= {"torch", "numpy", "tqdm", "flatlora", "train_toy"}
 
 
 # ---- train_toy.py --------------------------------------------------------------------------------------------
