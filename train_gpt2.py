@@ -1,14 +1,16 @@
 """Fine-tune a GPT-2 with LoRA, Flat-LoRA and SAM, side by side.
 
-    python train_gpt2.py                                  # all of it, from nothing: no network, no file
-    python train_gpt2.py --seeds 5                        # the same with paired 95 % intervals
+    python train_gpt2.py              # all of it, from nothing: no network, no file
+    python train_gpt2.py --seeds 5    # the same with paired 95 % intervals
     python train_gpt2.py --text my.txt --ood other.txt    # your own text
     python train_gpt2.py --sample --adapter out/flat.pt --prompt "def "
 
-The bare command pre-trains a small byte-level GPT-2 on the English that every Python carries (the reference behind
-`help()`), once, and fine-tunes it on the source code of one standard-library package. Files of that package that no
-method saw are the test, another package is the out-of-domain test. The model follows OpenAI's GPT-2 as written down
-in nanoGPT (https://github.com/karpathy/nanoGPT), module names included.
+The bare command pre-trains a small byte-level GPT-2 on the English that every
+Python carries (the reference behind `help()`), once, and fine-tunes it on the
+source code of one standard-library package. Files of that package that no
+method saw are the test, another package is the out-of-domain test. The model
+follows OpenAI's GPT-2 as written down in nanoGPT
+(https://github.com/karpathy/nanoGPT), module names included.
 """
 
 from __future__ import annotations
@@ -430,7 +432,8 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=shape)
     add = parser.add_argument_group("what to run").add_argument
     add("--methods", nargs="+", default=["lora", "flat", "sam"], choices=METHODS, help="default: lora flat sam")
     add("--seeds", type=int, default=1, help="runs of each method; two or more give intervals (1)")
@@ -441,7 +444,7 @@ def main() -> None:
     add("--text", type=Path, nargs="+", metavar="FILE", help="fine-tune on these (sources of the email package)")
     add("--ood", type=Path, nargs="+", metavar="FILE", help="out-of-domain test (sources of the asyncio package)")
     add("--pretrain-text", type=Path, nargs="+", metavar="FILE", help="pre-train on these (the reference of help())")
-    add("--train-bytes", type=int, help="use at most so much of the training split (all of --text, else 30000)")
+    add("--train-bytes", type=int, help="use at most so much of the training split (30000, or all of --text)")
     add("--eval-windows", type=int, default=400, help="at most so many contexts a split in an evaluation (400)")
     add = parser.add_argument_group("model and pre-training").add_argument
     add("--n-layer", type=int, default=4, help="blocks (4)")

@@ -1,12 +1,14 @@
-"""The idea of Flat-LoRA in a minute: LoRA, Flat-LoRA and SAM fine-tune a toy MLP, then we look at the minima.
+"""The idea of Flat-LoRA in a minute, on a toy MLP: LoRA, Flat-LoRA and SAM.
 
-    python train_toy.py             # ten seeds: table, paired differences, landscape, out/toy.json
+    python train_toy.py    # ten seeds: tables, landscape, out/toy.json
     python train_toy.py --help
 
-A random teacher network labels the source task, on which a student is trained once. The target task is labelled by
-the teacher plus a change of low rank, so that LoRA is the right model class; its training set is small and some of
-its labels are wrong. Out of domain the inputs are shifted and wider. Every seed draws a new target task; within a
-seed all methods start from the same adapters and see the same batches.
+A random teacher network labels the source task, on which a student is trained
+once. The target task is labelled by the teacher plus a change of low rank, so
+that LoRA is the right model class; its training set is small and some of its
+labels are wrong. Out of domain the inputs are shifted and wider. Every seed
+draws a new target task; within a seed all methods start from the same adapters
+and see the same batches.
 """
 
 from __future__ import annotations
@@ -248,7 +250,8 @@ def verdict(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=shape)
     add = parser.add_argument_group("comparison").add_argument
     add("--methods", nargs="+", default=["lora", "flat", "sam"], choices=METHODS, help="default: lora flat sam")
     add("--seeds", type=int, default=10, help="number of target tasks, each fine-tuned by every method (10)")

@@ -242,6 +242,18 @@ def test_a_shell_sees_the_line_and_a_failure(tmp_path):
         assert done.stderr == f"{script}: sigma must be a finite number >= 0, got -1.0\n"
 
 
+def test_words_that_the_command_line_does_not_know_end_in_one_line_after_the_usage(monkeypatch, capsys):
+    for script, options in (
+        (train_toy, ["--methods", "adam"]),
+        (train_gpt2, ["--r", "x"]),
+        (train_gpt2, ["--rr", "1"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["script.py", *options])
+        with pytest.raises(SystemExit) as error:
+            script.main()
+        assert error.value.code == 2 and capsys.readouterr().err.count("\n") == 2
+
+
 def test_intervals_are_student_t():
     stat = train_toy.interval([1.0, 2.0, 3.0, 4.0])
     assert stat == {"mean": 2.5, "half": pytest.approx(3.182 * 1.2909944 / 2), "n": 4}
