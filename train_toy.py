@@ -292,7 +292,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     teacher = random_teacher()
     student = pretrain(teacher, args.pretrain_steps)
-    methods = list(dict.fromkeys(args.methods))
+    methods = [method for method in METHODS if method in args.methods]  # LoRA first: times are against its own
     runs = []
     with tqdm(total=args.seeds * len(methods), desc="fine-tune", leave=False) as bar:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
