@@ -358,7 +358,7 @@ def finetune(base: GPT, method: str, data: dict[str, Tensor], seed: int, args: a
 
 def measure(model: nn.Module, data: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for name in ("train", "val", "test", "ood"):
+    for name in tqdm(("train", "val", "test", "ood"), desc="evaluate", leave=False):
         result[f"{name}_loss"] = evaluate(model, data[name], args)
         result[f"{name}_bits"] = result[f"{name}_loss"] / math.log(2)  # a token is a byte
     # A model without adapters gets a copy with B = 0: W' = W, and the factors say nothing.
