@@ -55,6 +55,12 @@ def test_the_base_keeps_its_own_storage_and_is_frozen():
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
 
 
+def test_injection_freezes_everything_but_the_adapters():
+    model = inject_lora(GPT(GPTConfig(1, 2, 8, 4)), r=2, targets=["c_attn"])
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == [f"transformer.h.0.attn.c_attn.lora_{factor}" for factor in "AB"]
+
+
 def test_dropout_acts_on_the_adapter_path_only_and_only_in_training():
     model = adapted_mlp(dropout=0.5)
     x, _ = batch()
