@@ -278,7 +278,8 @@ def train(
             loss = sam_step(model, counted_loss_fn, batches, optimizer, rho, space, args.clip)
         else:
             sigma = sigma_at(step, steps, args.sigma, args.schedule) if method == "flat" else 0.0
-            loss = flat_lora_step(model, counted_loss_fn, batches, optimizer, sigma, (seed, step), args.clip)
+            keep = not args.low_memory
+            loss = flat_lora_step(model, counted_loss_fn, batches, optimizer, sigma, (seed, step), args.clip, keep)
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
@@ -468,6 +469,7 @@ def main() -> None:
     add("--lora-dropout", type=float, default=0.0, help="on the input of the adapters (0)")
     add("--sigma", type=float, default=0.2, help="flat: noise strength at the end of the ramp (0.2)")
     add("--schedule", default="cosine", help="flat: the ramp, cosine, linear or constant (cosine)")
+    add("--low-memory", action="store_true", help="flat: no copy of the noisy weights, but noise made at each use")
     add("--rho", type=float, default=0.2, help="sam: radius on (A, B) (0.2)")
     add("--rho-full", type=float, default=0.05, help="sam-full: radius on the merged weight (0.05)")
     add("--sharpness-sigma", type=float, default=0.1, help="noise strength of the sharpness measure (0.1)")

@@ -115,7 +115,8 @@ def finetune(student: nn.Module, method: str, train: Data, args: argparse.Namesp
             sam_step(model, loss_fn, batches, optimizer, rho, space)
         else:
             sigma = sigma_at(step, args.steps, args.sigma, args.schedule) if method == "flat" else 0.0
-            flat_lora_step(model, loss_fn, batches, optimizer, sigma, seed=(seed, step))
+            # keep: in so small a model a second copy of the weights is nothing, and each draw counts.
+            flat_lora_step(model, loss_fn, batches, optimizer, sigma, seed=(seed, step), keep=True)
         seconds.append(time.perf_counter() - start)
         decay.step()
     return model.eval(), statistics.median(seconds)

@@ -1,5 +1,6 @@
 """The noise follows E7, comes from a seed of its own, is never stored, and never reaches the frozen weights."""
 
+import copy
 import math
 
 import pytest
@@ -81,6 +82,24 @@ def test_activation_variance_grows_by_one_plus_sigma_squared_whatever_n(n, mean)
     expected = (1 + sigma**2) * square + sigma**2 * square * mean**2
     # Averaged over the 32 rows, each with 500 draws of its noise: standard error about 1 %.
     assert (torch.cat(outputs).var(dim=0) / expected).mean() == pytest.approx(1, abs=0.03)
+
+
+def test_a_million_draws_are_normal():  # a layer of this size takes its normals from the table
+    layer = LoRALinear(nn.Linear(1000, 1000, bias=False), r=1)
+    z = (noise(layer, sigma=1.0)[""] / filter_std(layer.weight, 1.0)).double().flatten()
+    assert z.mean().abs() < 4e-3 and (z.var() - 1).abs() < 4 * (2e-6) ** 0.5  # 4 standard errors, here and below
+    assert (z**3).mean().abs() < 4 * (15e-6) ** 0.5 and ((z**4).mean() - 3).abs() < 4 * (96e-6) ** 0.5
+    distribution = torch.special.ndtr(z.sort().values)
+    steps = torch.arange(1, 10**6 + 1, dtype=torch.float64) / 10**6
+    distance = torch.maximum((distribution - steps).abs(), (distribution - steps + 1e-6).abs()).max()
+    assert distance < 1.95e-3  # Kolmogorov-Smirnov at p = 0.001
+    for k in (2.0, 3.0, 4.0):  # both tails
+        expected = 10**6 * math.erfc(k / 2**0.5) / 2
+        for tail in (z > k, z < -k):
+            assert abs(tail.sum() - expected) < 4 * expected**0.5
+    square = z.view(1000, 1000)
+    for a, b in ((square[1:], square[:-1]), (square[:, 1:], square[:, :-1])):  # neighbours down and along
+        assert (a * b).mean().abs() < 4e-3 and ((a**2 - 1) * (b**2 - 1)).mean().abs() < 8e-3
 
 
 def test_schedules():  # S: from 0 at the first step towards sigma at the last
@@ -194,14 +213,25 @@ def test_the_same_seed_gives_the_same_noise_whatever_else_was_drawn(device):
     assert noise(model, seed=(3, 8))["0"].ne(first["0"]).all()
 
 
-def test_layers_and_steps_get_independent_noise():
+@pytest.mark.parametrize("n", [100, 200])  # below and above the size from which the table is used
+def test_layers_and_steps_get_independent_noise(n):
     torch.manual_seed(0)
-    model = inject_lora(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100), nn.Linear(100, 100)).double(), r=2)
+    model = inject_lora(nn.Sequential(nn.Linear(n, n), nn.Linear(n, n), nn.Linear(n, n)).double(), r=2)
     draws = [eps.flatten() for seed in ((0, 0), (0, 1), (1, 0), (1, 1)) for eps in noise(model, seed=seed).values()]
     correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(12)
-    assert correlation.abs().max() < 5 / 100  # 10,000 numbers each: standard error 1 / 100
-    rows = torch.corrcoef(draws[0].view(100, 100)) - torch.eye(100)
-    assert rows.abs().max() < 0.5  # rows of 100 numbers: standard error 1 / 10
+    assert correlation.abs().max() < 5 / n  # n * n numbers each: standard error 1 / n
+    rows = torch.corrcoef(draws[0].view(n, n)) - torch.eye(n)
+    assert rows.abs().max() < 5 / n**0.5  # rows of n numbers: standard error 1 / sqrt(n)
+
+
+def test_the_noise_does_not_depend_on_the_number_of_threads():
+    layer, threads, seen = LoRALinear(nn.Linear(768, 512), r=4), torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        with torch.no_grad(), perturbed(layer, 0.3, seed=1):
+            seen.append(layer(torch.eye(768)))
+    torch.set_num_threads(threads)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -230,6 +260,23 @@ def test_sigma_zero_is_plain_lora_bit_for_bit():
         plain_optimizer.step()
         assert loss == plain_loss.item()
     assert all(torch.equal(a, b) for a, b in zip(lora_parameters(flat), lora_parameters(plain)))
+
+
+@pytest.mark.parametrize("width", [8, 256])  # small layers, and layers that use the table and the shared buffer
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_kept_copy_of_the_noisy_weights_changes_no_bit(width, dtype):
+    torch.manual_seed(0)
+    flat = inject_lora(nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 192), nn.Tanh()).to(dtype), r=2)
+    kept, data, before = copy.deepcopy(flat), [batch(dtype=dtype, seed=s) for s in (1, 2)], frozen_bytes(flat)
+    optimizers = [torch.optim.SGD(lora_parameters(model), lr=0.1) for model in (flat, kept)]
+    for step in range(5):
+        losses = [
+            flat_lora_step(model, lambda m, b: loss_fn(m, b).float(), data, optimizer, 0.3, step, keep=model is kept)
+            for model, optimizer in zip((flat, kept), optimizers)
+        ]
+        assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(lora_parameters(flat), lora_parameters(kept)))
+    assert frozen_bytes(kept) == before
 
 
 def test_sigma_zero_makes_no_generator_and_no_noisy_layer(monkeypatch):
@@ -261,11 +308,12 @@ def test_loss_and_gradients_are_those_of_the_explicit_dense_weight(device):
     assert not torch.allclose(clean[0], grads[0], rtol=0.01)  # so the comparison could tell
 
 
+@pytest.mark.parametrize("n", [64, 1024])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_within_its_rounding_of_the_dense_gradient(dtype):
-    layer = LoRALinear(nn.Linear(64, 48).to(dtype), r=4)
+def test_half_precision_stays_within_its_rounding_of_the_dense_gradient(dtype, n):
+    layer = LoRALinear(nn.Linear(n, 48).to(dtype), r=4)
     nn.init.normal_(layer.lora_B, std=0.1)
-    x = torch.randn(32, 64).to(dtype).requires_grad_()
+    x = torch.randn(32, n).to(dtype).requires_grad_()
     with perturbed(layer, 0.3, seed=0):
         eps = read_eps(layer)[""].double()
         out = layer(x)
