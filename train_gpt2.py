@@ -319,7 +319,8 @@ def read_bins(folder: Path) -> dict[str, Tensor]:
         ids = np.memmap(path, np.uint16, "r")
         if len(ids) > 1 and ids[:4096:2].max() > 255 and ids[1:4096:2].max() < 4:
             raise ValueError(f"{path} holds 32-bit numbers, as of a vocabulary larger than uint16: only uint16 is read")
-        with warnings.catch_warnings(action="ignore"):  # torch would rather have memory that can be written
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would rather have memory that can be written
             data[name] = torch.from_numpy(ids)
     half = len(data["val"]) // 2
     return {**data, "val": data["val"][:half], "test": data["val"][half:]}
