@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import http.client
 import importlib.util
 import json
 import math
@@ -71,12 +70,12 @@ METRICS = {  # what the table shows: label, digits
     "time": ("time / LoRA's", 2),
 }
 
-INIT_DEFAULTS: dict[str, Any] = {  # with --init, where a step is dear and the model's sizes are given
+INIT_DEFAULTS: dict[str, Any] = {  # with --init, where a step is dear
     "methods": ["flat"], "block_size": 256, "batch_size": 4, "grad_accum": 4, "steps": 100, "warmup": 10, "lr": 2e-4,
     "full_lr": 3e-5, "r": 8, "alpha": 16, "sigma": 0.05, "rho": 0.05, "eval_interval": 20, "eval_windows": 32,
     "sharpness_samples": 0, "length": 100,
 }  # fmt: skip
-NOT_WITH_INIT = ["n_layer", "n_head", "n_embd", "pretrain_text", "pretrain_steps", "pretrain_lr"]
+FIXED_BY_INIT = ["n_layer", "n_head", "n_embd", "pretrain_text", "pretrain_steps", "pretrain_lr"]
 PAIRED = [key for key in METRICS if key.endswith("loss") or key.startswith("sharp")]  # as differences to LoRA
 
 # ---- Model ---------------------------------------------------------------------------------------------------
@@ -188,27 +187,30 @@ SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 def checkpoint_file(init: str, *names: str) -> Path:
     """The first of `names` that the folder `init` holds. Of a released model, the first, downloaded once."""
     if init not in RELEASED:
-        found = [Path(init, name) for name in names if Path(init, name).is_file()]
-        if not found:
-            what = f"one of {', '.join(RELEASED)} or a folder with {' or '.join(names)}"
-            raise ValueError(f"--init must be {what}, got {init}")
-        return found[0]
+        for name in names:
+            if Path(init, name).is_file():
+                return Path(init, name)
+        what = f"{', '.join(RELEASED)} or a folder with {' or '.join(names)}"
+        raise ValueError(f"--init must be {what}, got {init}")
     url, path = HUB.format(init, names[0]), Path(torch.hub.get_dir(), "flatlora", init, names[0])
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path))
-        except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"no download of {url} ({error}): give a folder that holds it, --init DIR") from None
+        except OSError as error:
+            raise ValueError(f"cannot download {url} ({error}); --init DIR takes a folder that holds it") from None
     return path
 
 
 def gpt2_config(init: str, dropout: float) -> GPTConfig:
     path = checkpoint_file(init, "config.json")
-    given = json.loads(path.read_text())
-    other = {key: given[key] for key, value in SAME_FUNCTION.items() if given.get(key, value) != value}
-    if other:
-        raise ValueError(f"{path} is of another model than GPT-2: {other}, this script computes {SAME_FUNCTION}")
+    try:
+        given = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    for key, value in SAME_FUNCTION.items():
+        if given.get(key, value) != value:
+            raise ValueError(f"{path}: {key} must be {value!r}, got {given[key]!r}")
     sizes = [given.get(key) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")]
     if not all(isinstance(n, int) and n >= 1 for n in sizes) or sizes[2] % sizes[1]:
         raise ValueError(f"{path}: n_layer, n_head, n_embd, n_positions and vocab_size cannot be {sizes}")
@@ -254,8 +256,7 @@ def tokenizer(init: str | None) -> tuple[Callable[[bytes], Sequence[int]], Calla
     path = checkpoint_file(init if Path(init, "vocab.json").is_file() else "gpt2", "vocab.json")  # one for all sizes
     # vocab.json writes a byte as a printable character: itself, or one from 256 on. Its ids are in merge order.
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted({*range(256)} - {*plain})
-    byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+    byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*plain}))}
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
         special = {"<|endoftext|>": ids.pop("<|endoftext|>")}
@@ -329,8 +330,8 @@ def read_bins(folder: Path) -> dict[str, Tensor]:
 def load_data(
     args: argparse.Namespace, vocab_size: int = 256, encode: Callable[[bytes], Sequence[int]] = list
 ) -> dict[str, Tensor]:
-    """Token ids of "pretrain", "train", "val", "test", "ood", each (N,); without "pretrain" for --init, and without
-    "ood" where neither --ood nor the built-in recipe gives it. Sets args.tokens_a_byte of each text."""
+    """Token ids of "pretrain", "train", "val", "test", "ood", each (N,); --init has no "pretrain", and it and --data
+    have "ood" by option only. Also sets args.tokens_a_byte, where there is text."""
     data = read_bins(args.data) if args.data else {}
     texts = {} if data else split(read_files(args.text) if args.text else package_sources("email", "--text"))
     if args.ood or not (args.init or args.data):
@@ -345,12 +346,12 @@ def load_data(
     args.tokens_a_byte = {name: len(data[name]) / max(1, len(text)) for name, text in texts.items()}
     if args.data and vocab_size > 2**16:
         raise ValueError(f"--data holds uint16 numbers, too small for a vocabulary of {vocab_size}")
-    unit = "tokens" if args.init or args.data else "bytes"
     for name, ids in data.items():
         if len(ids) < args.block_size + 1:
+            unit = "tokens" if args.init or args.data else "bytes"
             raise ValueError(f"the {name} text is {len(ids)} {unit}, shorter than --block-size {args.block_size} + 1")
         if ids.numpy().max() >= vocab_size:
-            raise ValueError(f"the {name} text has a token {ids.numpy().max()}, the model only {vocab_size}")
+            raise ValueError(f"the {name} text has the token {ids.numpy().max()}, the model {vocab_size} of them")
     return data
 
 
@@ -479,27 +480,30 @@ def load_base(path: Path, device: torch.device) -> GPT:
     return model.eval()
 
 
-def pretrained(config: GPTConfig, data: Tensor, args: argparse.Namespace) -> tuple[GPT, Path]:
-    """The base and its file. The file is named after all that shapes the base, so that only an equal one is reused."""
+def pretrained(config: GPTConfig, data: Tensor, args: argparse.Namespace) -> tuple[GPT, str]:
+    """The base and its file name, made of all that shapes the base, so that only an equal one is reused."""
     recipe = [asdict(config), args.pretrain_steps, args.pretrain_lr, args.batch_size, args.grad_accum, args.warmup]
     recipe += [args.weight_decay, args.clip, args.dtype, hashlib.sha256(data.numpy().tobytes()).hexdigest()]
     path = args.out / f"base-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}.pt"
     if path.exists():
         print(f"base: {path}")
-        return load_base(path, args.device), path
+        return load_base(path, args.device), path.name
     torch.manual_seed(0)
     model = GPT(config).to(args.device)
     train(model, "full", data, args.pretrain_steps, args.pretrain_lr, 0, args, "pre-train")
     save(path, {"config": asdict(config), "model": model.state_dict()})
     print(f"base: {path}, pre-trained")
-    return model, path
+    return model, path.name
 
 
 def finetune(base: GPT, method: str, data: dict[str, Tensor], seed: int, args: argparse.Namespace) -> tuple[GPT, Any]:
     """One fine-tuned copy of the base, in evaluation mode, and what the table says of it."""
     torch.manual_seed(seed)  # the same adapters for every method
-    model = copy.deepcopy(base)
-    if method != "full":
+    # Adapters stand on the base itself, not on a copy: its weights are never written.
+    model = copy.deepcopy(base, {} if method == "full" else {id(p): p for p in base.parameters()})
+    if method == "full":
+        model.requires_grad_(True)
+    else:
         inject_lora(model, args.r, args.alpha, args.lora_dropout, TARGETS)
     peak_lr = args.full_lr if method == "full" else args.lr
     cost = train(model, method, data["train"], args.steps, peak_lr, seed, args, method, data["val"])
@@ -568,19 +572,14 @@ def compare(args: argparse.Namespace) -> None:
     with torch.device("meta"):  # bad sizes end here, before the work
         inject_lora(GPT(config), args.r, args.alpha, args.lora_dropout, TARGETS)
     sigma_at(0, args.steps, args.sigma, args.schedule)
-    try:
-        encode, decode = tokenizer(args.init)
-    except (ValueError, ImportError) as error:
-        if not args.data or args.ood or args.prompt:
-            raise
-        encode = decode = None
-        print(f"tokens only, no text from the models: {error}")
+    # --data stands without a tokenizer, as long as no other text comes in and none is to come out.
+    text = not (args.init and args.data) or args.ood or args.prompt
+    encode, decode = tokenizer(args.init) if text else (list, None)
     data = load_data(args, config.vocab_size, encode)
     if args.init:
         base, base_name = load_gpt2(args.init, config, args.device), args.init
     else:
-        base, path = pretrained(config, data["pretrain"], args)
-        base_name = path.name
+        base, base_name = pretrained(config, data["pretrain"], args)
     methods = ["base", *dict.fromkeys(args.methods)]
     baseline = measure(base, data, args)
     runs: list[dict[str, Any]] = []
@@ -667,7 +666,7 @@ def main() -> None:
     add("--temperature", type=float, default=0.7, help="below 1 plays safe (0.7)")
     add("--top-k", type=int, default=40, help="draw among the k likeliest (40)")
     if parser.parse_known_args()[0].init:
-        parser.set_defaults(**INIT_DEFAULTS, **dict.fromkeys(NOT_WITH_INIT))
+        parser.set_defaults(**INIT_DEFAULTS, **dict.fromkeys(FIXED_BY_INIT))
     args = parser.parse_args()
     try:
         check(args)
@@ -692,16 +691,13 @@ def check(args: argparse.Namespace) -> None:
             value = getattr(args, name)
             if value is not None and not holds(value):
                 raise ValueError(f"--{name.replace('_', '-')} must be {words}, got {value}")
-    for wrong, words in (
-        (
-            args.init and any(getattr(args, k) is not None for k in NOT_WITH_INIT),
-            "--init: model and pre-training are given",
-        ),
-        (args.data and (args.text or args.train_bytes), "--data stands in place of --text and --train-bytes"),
-        (args.peft and not args.init, "--peft needs --init, the model on which PEFT is to load the adapters"),
-    ):
-        if wrong:
-            raise ValueError(words)
+    if args.init and any(getattr(args, name) is not None for name in FIXED_BY_INIT):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in FIXED_BY_INIT)
+        raise ValueError(f"--init brings a trained model: it goes without {options}")
+    if args.data and (args.text or args.train_bytes):
+        raise ValueError("--data stands in place of --text and --train-bytes: give one of them")
+    if args.peft and not args.init:
+        raise ValueError("--peft needs --init, the model on which PEFT is to load the adapters")
     if not args.init and args.n_embd % args.n_head:
         raise ValueError(f"--n-embd must be a multiple of --n-head = {args.n_head}, got {args.n_embd}")
     if args.dtype not in (None, "float32", "bfloat16"):

@@ -144,7 +144,9 @@ def test_the_loaded_model_is_tied_and_owns_its_memory(folder):
 def test_the_byte_pairs_are_those_of_transformers(tmp_path):
     pytest.importorskip("tiktoken", reason='needs the extra gpt2: pip install -e ".[gpt2]"')
     tokenizers = pytest.importorskip("tokenizers", reason=REASON)
-    text = (Path(__file__).with_name("test_lora.py").read_text() + " naïve Ünïcödé  words,\n\n\n  they'll 1234 do...  \t") * 2
+    text = (
+        Path(__file__).with_name("test_lora.py").read_text() + " naïve Ünïcödé  words,\n\n\n  they'll 1234 do...  \t"
+    ) * 2
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator([text], vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False)
     bpe.save_model(str(tmp_path))
