@@ -364,3 +364,45 @@ def test_conv1d_is_refused_with_the_reason():
     model = hf_gpt2(transformers.GPT2ForSequenceClassification)  # has one nn.Linear, `score`: no reason to pass over 8
     with pytest.raises(ValueError, match="got Conv1D"):
         inject_lora(model, r=1)
+
+
+# ---- The recipes of the README -------------------------------------------------------------------------------
+
+
+def readme(language):
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_plain_loop_of_the_readme_runs():
+    class MyModel(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.v_proj, self.out = (torch.nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            return self.out(self.q_proj(x).tanh() * self.v_proj(x))
+
+    (diff,) = readme("diff")
+    code = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
+    loader = [{"x": torch.randn(3, 4), "y": torch.tensor([0, 1, 2])} for _ in range(4)]
+    names = {"MyModel": MyModel, "loader": loader, "total_steps": 4, "run_seed": 0, "torch": torch, "F": F}
+    exec(code, names)
+    assert {type(m) for m in names["model"].children()} == {torch.nn.Linear}  # merged
+
+
+def test_the_hugging_face_recipes_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hf_llama().save_pretrained("base")
+    loader = [{"input_ids": tokens(), "labels": tokens()} for _ in range(4)]
+    names = {"base": "base", "loader": loader, "total_steps": 4, "run_seed": 0}
+    fine_tune, go_on = readme("python")
+    exec(fine_tune, names)
+    loaded = peft.PeftModel.from_pretrained(hf_llama(), "adapter").eval()
+    torch.testing.assert_close(logits(loaded), logits(names["model"].eval()), rtol=1e-5, atol=1e-5)
+    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=LLAMA_LAYERS)
+    fill(peft.get_peft_model(hf_llama(), settings)).save_pretrained("adapter")  # one that PEFT trained
+    exec(go_on, names)
+    loaded = peft.PeftModel.from_pretrained(hf_llama(), "adapter-flat").eval()
+    torch.testing.assert_close(logits(loaded), logits(names["model"].eval()), rtol=1e-5, atol=1e-5)
+    assert len(lora_parameters(names["model"])) == 2 * 2 * len(LLAMA_LAYERS)
