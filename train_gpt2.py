@@ -263,7 +263,7 @@ def tokenizer(init: str | None) -> tuple[Callable[[bytes], Sequence[int]], Calla
         ranks = {bytes(byte[c] for c in word): i for word, i in ids.items()}
         if not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError
-    except (AttributeError, KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is not a vocabulary of GPT-2's kind") from None
     bpe = tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
     return lambda text: bpe.encode_ordinary(text.decode(errors="replace")), bpe.decode_bytes

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports: nothing here needs a network
@@ -141,7 +142,8 @@ def test_the_loaded_model_is_tied_and_owns_its_memory(folder):
     assert type(model.lm_head) is torch.nn.Linear
 
 
-def test_the_byte_pairs_are_those_of_transformers(tmp_path):
+def write_vocabulary(folder):
+    """vocab.json and merges.txt of 600 tokens, learnt from a text; the text and the tokenizer that wrote them."""
     pytest.importorskip("tiktoken", reason='needs the extra gpt2: pip install -e ".[gpt2]"')
     tokenizers = pytest.importorskip("tokenizers", reason=REASON)
     text = (
@@ -149,11 +151,47 @@ def test_the_byte_pairs_are_those_of_transformers(tmp_path):
     ) * 2
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator([text], vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False)
-    bpe.save_model(str(tmp_path))
+    bpe.save_model(str(folder))
+    return text, bpe
+
+
+def test_the_byte_pairs_are_those_of_the_tokenizers_library(tmp_path):
+    text, bpe = write_vocabulary(tmp_path)
     encode, decode = train_gpt2.tokenizer(str(tmp_path))
     ids = encode(text.encode())
     assert ids == bpe.encode(text).ids and len(ids) < len(text.encode()) / 2
     assert decode(ids) == text.encode()
+    for damaged in ("{", "[]", '{"a": 0}', '{"<|endoftext|>": 0, "\\u4e00": 1}'):
+        (tmp_path / "vocab.json").write_text(damaged)
+        with pytest.raises(ValueError, match="not a vocabulary of GPT-2's kind"):
+            train_gpt2.tokenizer(str(tmp_path))
+
+
+def test_text_goes_in_and_comes_out_as_byte_pairs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hf_gpt2(vocab_size=600).save_pretrained("base")
+    text, bpe = write_vocabulary(tmp_path / "base")
+    Path("my.txt").write_text(text)
+    options = ["--init", "base", "--text", "my.txt", "--block-size", "16", "--steps", "2", "--lr", "0.01"]
+    options += ["--prompt", "def test", "--length", "20"]
+    monkeypatch.setattr("sys.argv", ["script", *options])
+    train_gpt2.main()
+    results = json.loads(Path("out/results.json").read_text())
+    part = text.encode()[4 * len(text.encode()) // 5 :].decode(errors="replace")
+    tokens_a_byte = len(bpe.encode(part).ids) / len(part.encode())
+    for run in results["runs"]:
+        assert run["test_bits"] == pytest.approx(run["test_loss"] / 0.6931472 * tokens_a_byte, rel=1e-3)
+        assert "ood_loss" not in run
+    assert capsys.readouterr().out.count("validation") == 1  # the table; two steps are below the interval
+    Path("base").rename("moved")
+    monkeypatch.setattr(
+        "sys.argv", ["script", "--sample", "--adapter", "out/flat.pt", "--init", "moved", *options[-4:]]
+    )
+    train_gpt2.main()
+    assert capsys.readouterr().out.split("-\n", 1)[1] == results["samples"]["flat"] + "\n"
+    assert (
+        results["samples"]["flat"].startswith("def test") and results["samples"]["flat"] != results["samples"]["base"]
+    )
 
 
 def test_the_command_line_fine_tunes_samples_and_writes_for_peft(folder, tmp_path, monkeypatch, capsys):
@@ -168,7 +206,7 @@ def test_the_command_line_fine_tunes_samples_and_writes_for_peft(folder, tmp_pat
     train_gpt2.main()
     printed = capsys.readouterr().out
     assert "step 2: validation" in printed and "step 4: validation" in printed
-    assert "tokens only, no text from the models" in printed  # no vocab.json, no network
+    assert "Text as each model goes on" not in printed  # no vocab.json, no network, and none is needed
     result = json.loads(Path("out/results.json").read_text())["runs"]
     assert [r["method"] for r in result] == ["base", "flat"] and all(r.get("ood_loss") is None for r in result)
     model = inject_lora(ours(folder), 2, 16, targets=train_gpt2.TARGETS)
@@ -226,6 +264,21 @@ def test_peft_loads_what_save_peft_writes(kind, folder, tmp_path):
     assert keys[f"base_model.model.{name}.lora_A.weight"].shape == (2, 16)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is (kind == "gpt2") and config["base_model_name_or_path"] == "the base"
+
+
+def test_a_short_name_does_not_lend_its_rank_to_a_longer_one(tmp_path):
+    def make():
+        linear = lambda: torch.nn.Linear(8, 8)  # noqa: E731
+        layers = {"first": linear(), "0": linear(), "1": torch.nn.Sequential(linear())}
+        return randomise(torch.nn.Sequential(OrderedDict(layers)))
+
+    model, x = inject_lora(make(), r=2, targets=["first"]), torch.randn(3, 8)
+    inject_lora(model, r=3, alpha=5, targets="0")
+    inject_lora(model, r=2, targets=r"1\.0")
+    save_peft(fill(model), tmp_path, "the base")
+    loaded = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(loaded(x), model(x))
+    torch.testing.assert_close(load_peft(make(), tmp_path)(x), model(x))
 
 
 SETTINGS = [
@@ -369,34 +422,13 @@ def test_conv1d_is_refused_with_the_reason():
 # ---- The recipes of the README -------------------------------------------------------------------------------
 
 
-def readme(language):
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-
-
-def test_the_plain_loop_of_the_readme_runs():
-    class MyModel(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q_proj, self.v_proj, self.out = (torch.nn.Linear(4, 4) for _ in range(3))
-
-        def forward(self, x):
-            return self.out(self.q_proj(x).tanh() * self.v_proj(x))
-
-    (diff,) = readme("diff")
-    code = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
-    loader = [{"x": torch.randn(3, 4), "y": torch.tensor([0, 1, 2])} for _ in range(4)]
-    names = {"MyModel": MyModel, "loader": loader, "total_steps": 4, "run_seed": 0, "torch": torch, "F": F}
-    exec(code, names)
-    assert {type(m) for m in names["model"].children()} == {torch.nn.Linear}  # merged
-
-
 def test_the_hugging_face_recipes_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hf_llama().save_pretrained("base")
     loader = [{"input_ids": tokens(), "labels": tokens()} for _ in range(4)]
     names = {"base": "base", "loader": loader, "total_steps": 4, "run_seed": 0}
-    fine_tune, go_on = readme("python")
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    fine_tune, go_on = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(fine_tune, names)
     loaded = peft.PeftModel.from_pretrained(hf_llama(), "adapter").eval()
     torch.testing.assert_close(logits(loaded), logits(names["model"].eval()), rtol=1e-5, atol=1e-5)

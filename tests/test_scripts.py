@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -428,6 +429,23 @@ def test_nothing_beyond_torch_numpy_and_tqdm_is_imported(file):
         names[node in inner] |= {module.split(".")[0] for module in modules}
     assert names[False] - sys.stdlib_module_names <= {"torch", "numpy", "tqdm", "flatlora", "train_toy"}
     assert names[True] - sys.stdlib_module_names <= {"safetensors", "tiktoken"}
+
+
+def test_the_plain_loop_of_the_readme_runs():
+    class MyModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.v_proj, self.out = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            return self.out(self.q_proj(x).tanh() * self.v_proj(x))
+
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
+    loader = [{"x": torch.randn(3, 8), "y": torch.tensor([0, 1, 2])} for _ in range(4)]
+    names = {"MyModel": MyModel, "loader": loader, "total_steps": 4, "run_seed": 0, "torch": torch, "F": nn.functional}
+    exec(code, names)
+    assert {type(m) for m in names["model"].children()} == {nn.Linear}  # merged
 
 
 # ---- train_toy.py --------------------------------------------------------------------------------------------
