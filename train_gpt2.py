@@ -259,14 +259,19 @@ def tokenizer(init: str | None) -> tuple[Callable[[bytes], Sequence[int]], Calla
     byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*plain}))}
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
-        special = {"<|endoftext|>": ids.pop("<|endoftext|>")}
-        ranks = {bytes(byte[c] for c in word): i for word, i in ids.items()}
+        words = {i: bytes(byte[c] for c in word) for word, i in ids.items()}
+        ranks = {word: i for i, word in words.items()}
+        special = {"<|endoftext|>": ranks.pop(b"<|endoftext|>")}
         if not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is not a vocabulary of GPT-2's kind") from None
     bpe = tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
-    return lambda text: bpe.encode_ordinary(text.decode(errors="replace")), bpe.decode_bytes
+    unknown = "\N{REPLACEMENT CHARACTER}".encode()  # a model may have more outputs than there are words
+    return (
+        lambda text: bpe.encode_ordinary(text.decode(errors="replace")),
+        lambda tokens: b"".join(words.get(token, unknown) for token in tokens),
+    )
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------

@@ -161,6 +161,8 @@ def test_the_byte_pairs_are_those_of_the_tokenizers_library(tmp_path):
     ids = encode(text.encode())
     assert ids == bpe.encode(text).ids and len(ids) < len(text.encode()) / 2
     assert decode(ids) == text.encode()
+    end = bpe.token_to_id("<|endoftext|>")
+    assert decode([end, 600]).decode() == "<|endoftext|>\N{REPLACEMENT CHARACTER}"  # 600: no word of these
     for damaged in ("{", "[]", '{"a": 0}', '{"<|endoftext|>": 0, "\\u4e00": 1}'):
         (tmp_path / "vocab.json").write_text(damaged)
         with pytest.raises(ValueError, match="not a vocabulary of GPT-2's kind"):
