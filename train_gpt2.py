@@ -25,6 +25,7 @@ import math
 import os
 import re
 import statistics
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -363,7 +364,8 @@ def load_data(
 def windows(data: Tensor, starts: Tensor, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and next-token targets from the given places: (B, T), (B, T)."""
     at = starts[:, None] + torch.arange(block_size + 1)  # (B, T + 1)
-    chunk = data[at].to(device).long()  # (B, T + 1)
+    # By numpy, which indexes a mapped uint16 file in every release.
+    chunk = torch.from_numpy(data.numpy()[at.numpy()].astype(np.int64)).to(device)  # (B, T + 1)
     return chunk[:, :-1], chunk[:, 1:]
 
 
@@ -633,7 +635,9 @@ def main() -> None:
     add("--data", type=Path, metavar="DIR", help="tokens in nanoGPT's train.bin and val.bin (half of val is the test)")
     add("--train-bytes", type=int, help="use at most so much of the training split (30000, or all of --text)")
     add("--eval-windows", type=int, default=400, help="at most so many contexts a split in an evaluation (400)")
-    add = parser.add_argument_group("a released model").add_argument
+    own = " ".join(f"--{key} {value}".replace("_", "-") for key, value in list(INIT_DEFAULTS.items())[1:])
+    words = textwrap.fill(f"With --init other defaults hold: --methods flat {own}.", 76)
+    add = parser.add_argument_group("a released model", words).add_argument
     add("--init", metavar="MODEL", help=f"{', '.join(RELEASED)}, or a folder with its files, instead of pre-training")
     add("--peft", action="store_true", help="also write each adapter for Hugging Face's PEFT, in OUT/METHOD")
     add = parser.add_argument_group("model and pre-training").add_argument
