@@ -339,9 +339,12 @@ def save_peft(model: nn.Module, folder: str | Path, base_model: str, fan_in_fan_
     """Write the adapters as PEFT does: `adapter_config.json` and `adapter_model.safetensors` in `folder`.
 
     `base_model` names the model on which PEFT is to load them. `fan_in_fan_out`: that model holds the layers as
-    Conv1D, as GPT-2 does. A (r, n) and B (m, r) are written alike. ImportError without safetensors.
+    Conv1D, as GPT-2 does; A (r, n) and B (m, r) are written alike. ValueError without a `LoRALinear` in the model,
+    ImportError without safetensors.
     """
     save_file, layers = _safetensors().torch.save_file, _lora_layers(model)
+    if "" in layers:
+        raise ValueError("a LoRALinear by itself has no name in PEFT's files: give the model that holds it")
     first = next(iter(layers.values()))
     config: dict[str, Any] = {"peft_type": "LORA", "base_model_name_or_path": base_model, "inference_mode": True}
     config |= {"target_modules": list(layers), "fan_in_fan_out": fan_in_fan_out, "lora_dropout": first.lora_dropout.p}
@@ -419,7 +422,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise ImportError('safetensors is not installed: pip install "flatlora[gpt2]"') from None
+        raise ImportError('safetensors is not installed: pip install -e ".[gpt2]"') from None
     return safetensors
 
 

@@ -253,7 +253,7 @@ def tokenizer(init: str | None) -> tuple[Callable[[bytes], Sequence[int]], Calla
     try:
         import tiktoken
     except ImportError:
-        raise ImportError('tiktoken is not installed: pip install "flatlora[gpt2]"') from None
+        raise ImportError('tiktoken is not installed: pip install -e ".[gpt2]"') from None
     path = checkpoint_file(init if Path(init, "vocab.json").is_file() else "gpt2", "vocab.json")  # one for all sizes
     # vocab.json writes a byte as a printable character: itself, or one from 256 on. Its ids are in merge order.
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -375,6 +375,9 @@ def test_a_damaged_file_and_a_model_with_adapters_are_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is truncated or no safetensors file"):
         load_peft(hf_llama(), tmp_path)
+    for nameless in (hf_llama(), LoRALinear(torch.nn.Linear(4, 4), r=2)):
+        with pytest.raises(ValueError, match=r"inject_lora first|has no name in PEFT's files"):
+            save_peft(nameless, tmp_path, "the base")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_peft(hf_llama(), tmp_path / "nowhere")
 

@@ -413,7 +413,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     for call in (lambda: read_safetensors(tmp_path / "x"), lambda: train_gpt2.tokenizer("gpt2")):
-        with pytest.raises(ImportError, match=r'is not installed: pip install "flatlora\[gpt2\]"'):
+        with pytest.raises(ImportError, match=r'is not installed: pip install -e "\.\[gpt2\]"'):
             call()
 
 
