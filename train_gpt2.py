@@ -199,7 +199,8 @@ def checkpoint_file(init: str, *names: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
-            raise ValueError(f"cannot download {url} ({error}); --init DIR takes a folder that holds it") from None
+            or_data = ", and --data DIR does without" if names == ("vocab.json",) else ""
+            raise ValueError(f"cannot download {url} ({error}); --init DIR takes a folder with it{or_data}") from None
     return path
 
 

@@ -390,8 +390,12 @@ def test_without_a_network_one_line_says_what_was_tried_and_what_else_there_is(t
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     url = "https://huggingface.co/openai-community/gpt2-xl/resolve/main/config.json"
     words = ending(train_gpt2.main, ["--init", "gpt2-xl"], monkeypatch, capsys)
-    assert words == f"train_gpt2.py: cannot download {url} (no route to host); --init DIR takes a folder that holds it"
+    assert words == f"train_gpt2.py: cannot download {url} (no route to host); --init DIR takes a folder with it"
     assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]  # no half of a file
+    pytest.importorskip("tiktoken", reason='needs the extra gpt2: pip install -e ".[gpt2]"')
+    gpt2_folder(tmp_path / "base")  # holds no vocabulary
+    words = ending(train_gpt2.main, ["--init", str(tmp_path / "base"), "--block-size", "16"], monkeypatch, capsys)
+    assert "gpt2/resolve/main/vocab.json (no route to host)" in words and "--data DIR does without" in words
 
 
 def test_a_released_model_is_downloaded_once(tmp_path, monkeypatch):
