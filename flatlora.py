@@ -25,11 +25,13 @@ fraction sigma of itself. eps is never stored: it is made from a seed when a pro
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,10 +113,9 @@ def inject_lora(
     earlier call stay trainable.
 
     ValueError, before anything is changed: the expression or one of the names matches no such layer, or a
-    matched layer does not pass `_check_lora`.
+    matched layer does not pass `_check_lora`, or is one that the model reads past its forward.
     """
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    linears = {k: m for k, m in model.named_modules() if k and isinstance(m, nn.Linear) and uses[id(m.weight)] == 1}
+    linears = _linears(model)
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(name)}" for name in targets]
     try:
         matches = [[name for name in linears if re.fullmatch(pattern, name)] for pattern in patterns]
@@ -125,15 +126,7 @@ def inject_lora(
             f"targets must name nn.Linear layers with a weight of their own, got {targets!r}; "
             f"this model has {', '.join(linears) or 'none'}"
         )
-    matched = {name: linears[name] for names in matches for name in names}
-    for name, linear in matched.items():
-        _check_lora(name, linear, r, alpha, dropout)
-    model.requires_grad_(False)
-    for name, linear in matched.items():
-        _replace(model, name, LoRALinear(linear, r, alpha, dropout))
-    for p in lora_parameters(model):
-        p.requires_grad_(True)
-    return model
+    return _inject(model, {name: (r, alpha, dropout) for names in matches for name in names})
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -150,13 +143,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy the adapters of `lora_state_dict` in. ValueError, before any is written: missing, extra or mis-shaped."""
     adapters = _named_adapters(model)
-    missing, extra = sorted(adapters.keys() - state.keys()), sorted(state.keys() - adapters.keys())
-    shapes = [k for k in adapters.keys() & state.keys() if getattr(state[k], "shape", None) != adapters[k].shape]
-    if missing or extra or shapes:
-        raise ValueError(
-            f"the adapters do not fit the model: missing {missing}, not in the model {extra}, "
-            f"of another shape {sorted(shapes)}"
-        )
+    check_fit("the adapters", {name: p.shape for name, p in adapters.items()}, state)
     for name, p in adapters.items():
         p.copy_(state[name])
 
@@ -372,7 +359,106 @@ def sharpness(
     return increase
 
 
+# ---- Adapter files of Hugging Face PEFT ----------------------------------------------------------------------
+
+_PEFT_KEY = "base_model.model.{}.{}.weight"
+_PEFT_KNOWN = [  # settings that load_peft follows, or that have no effect of their own
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "fan_in_fan_out", "task_type",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode", "peft_version",
+    "base_model_name_or_path", "revision", "auto_mapping", "megatron_core", "qalora_group_size",
+]  # fmt: skip
+_PEFT_FIXED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"]}
+
+
+def save_peft(model: nn.Module, folder: str | Path, base_model: str, fan_in_fan_out: bool = False) -> None:
+    """Write the adapters as PEFT does: `adapter_config.json` and `adapter_model.safetensors` in `folder`.
+
+    `base_model` names the model on which PEFT is to load them. `fan_in_fan_out`: that model holds the layers as
+    Conv1D, as GPT-2 does; A (r, n) and B (m, r) are written alike. ValueError without a `LoRALinear` in the model,
+    ImportError without safetensors.
+    """
+    save_file, layers = _safetensors().torch.save_file, _lora_layers(model)
+    if "" in layers:
+        raise ValueError("a LoRALinear by itself has no name in PEFT's files: give the model that holds it")
+    first = next(iter(layers.values()))
+    config: dict[str, Any] = {"peft_type": "LORA", "base_model_name_or_path": base_model, "inference_mode": True}
+    config |= {"target_modules": list(layers), "fan_in_fan_out": fan_in_fan_out, "lora_dropout": first.lora_dropout.p}
+    for key, pattern, value in (
+        ("r", "rank_pattern", lambda layer: layer.r),
+        ("lora_alpha", "alpha_pattern", lambda layer: layer.scaling * layer.r),
+    ):  # the patterns are expressions for the end of a name: without ^ that of "0" would fit "1.0" too
+        others = {name: value(layer) for name, layer in layers.items() if value(layer) != value(first)}
+        config |= {key: value(first), pattern: {f"^{re.escape(name)}": v for name, v in others.items()}}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    state = {_PEFT_KEY.format(*name.rsplit(".", 1)): p.contiguous() for name, p in lora_state_dict(model).items()}
+    save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
+    """`inject_lora` from an adapter that PEFT trained: its layers, ranks, scalings and weights. Returns the model.
+
+    rsLoRA's alpha / sqrt(r), rank_pattern and alpha_pattern are followed. ValueError, before anything is changed:
+    a setting that makes it more than LoRA, a key of no layer that `inject_lora` would choose (DoRA's magnitudes,
+    modules_to_save), a weight missing or mis-shaped, a model with adapters. ImportError without safetensors.
+    """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has LoRALinear layers already: load_peft puts in its own")
+    state = read_safetensors(Path(folder) / "adapter_model.safetensors")
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    more = {k: v for k, v in config.items() if v and k not in _PEFT_KNOWN and v not in _PEFT_FIXED.get(k, [])}
+    if more or not state:
+        raise ValueError(f"{folder} must hold LoRA weights and no more, got {more or 'none'}")
+    settings, shapes = {}, {}
+    for name, linear in _linears(model).items():
+        keys = [_PEFT_KEY.format(name, factor) for factor in ("lora_A", "lora_B")]
+        if state.keys().isdisjoint(keys):
+            continue
+        r, alpha = (
+            next(
+                (v for k, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({k})$", name)),
+                config.get(key),
+            )
+            for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+        )
+        _check_lora(name, linear, r, alpha, dropout := config.get("lora_dropout", 0.0))
+        settings[name] = (r, alpha * math.sqrt(r) if config.get("use_rslora") else alpha, dropout)
+        shapes |= zip(keys, ((r, linear.in_features), (linear.out_features, r)))
+    check_fit(f"the adapters of {folder}", shapes, state)
+    _inject(model, settings)
+    load_lora_state_dict(model, {k[len("base_model.model.") : -len(".weight")]: v for k, v in state.items()})
+    return model
+
+
 # ---- What the above share ------------------------------------------------------------------------------------
+
+
+def check_fit(what: str, shapes: Mapping[str, Sequence[int]], state: Mapping[str, Tensor]) -> None:
+    """ValueError unless `state` holds exactly these names, in these shapes. Of many names the first three are shown."""
+    other = [k for k in shapes.keys() & state.keys() if getattr(state[k], "shape", None) != tuple(shapes[k])]
+    names = [sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys()), sorted(other)]
+    if any(names):
+        missing, extra, other = (x[:3] + [f"and {len(x) - 3} more"] * (len(x) > 3) for x in names)
+        raise ValueError(
+            f"{what} do not fit the model: missing {missing}, not in the model {extra}, of another shape {other}"
+        )
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. ValueError for a damaged one, ImportError without safetensors."""
+    safetensors = _safetensors()
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError('safetensors is not installed: pip install -e ".[gpt2]"') from None
+    return safetensors
 
 
 def _check_nonnegative(name: str, value: Any) -> None:
@@ -387,9 +473,13 @@ def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def _check_lora(name: str, base: Any, r: Any, alpha: Any, dropout: Any) -> None:
     """ValueError unless `base` is a plain nn.Linear, 1 <= r <= min(m, n), alpha > 0 and 0 <= dropout < 1."""
-    # A subclass may compute something else, or be read past its forward as in nn.MultiheadAttention.
     if type(base) is not nn.Linear:
-        raise ValueError(f"{name}: must be a plain nn.Linear, got {type(base).__name__}")
+        kind = type(base).__name__
+        reason = {
+            "Conv1D": "it stores its weight transposed, (n, m), so a row is no filter",
+            "NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads its weight past its forward",
+        }.get(kind, "another class may compute something else")
+        raise ValueError(f"{name}: must be a plain nn.Linear, got {kind}: {reason}")
     limit = min(base.weight.shape)
     if not (isinstance(r, int) and 1 <= r <= limit):
         raise ValueError(f"{name}: r must be an integer from 1 to min(m, n) = {limit}, got {r!r}")
@@ -397,6 +487,27 @@ def _check_lora(name: str, base: Any, r: Any, alpha: Any, dropout: Any) -> None:
         raise ValueError(f"alpha must be a finite number > 0, got {alpha!r}")
     if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
         raise ValueError(f"dropout must be a number >= 0 and < 1, got {dropout!r}")
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """What `inject_lora` chooses from. Conv1D, Hugging Face's GPT-2 layer, is among them to be refused, not skipped."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    linears = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    return {name: m for name, m in linears.items() if name and uses[id(m.weight)] == 1}
+
+
+def _inject(model: nn.Module, settings: Mapping[str, tuple[int, float, float]]) -> nn.Module:
+    """Freeze the model and put LoRALinear(base, r, alpha, dropout) at these names. All are checked first."""
+    for name, lora in settings.items():
+        _check_lora(name, model.get_submodule(name), *lora)
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise ValueError(f"{name}: nn.TransformerEncoderLayer reads its weight past its forward in evaluation")
+    model.requires_grad_(False)
+    for name, lora in settings.items():
+        _replace(model, name, LoRALinear(model.get_submodule(name), *lora))
+    for p in lora_parameters(model):
+        p.requires_grad_(True)
+    return model
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

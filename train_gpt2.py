@@ -3,6 +3,7 @@
     python train_gpt2.py              # all of it, from nothing: no network, no file
     python train_gpt2.py --seeds 5    # the same with paired 95 % intervals
     python train_gpt2.py --text my.txt --ood other.txt    # your own text
+    python train_gpt2.py --init gpt2 --text my.txt        # OpenAI's GPT-2
     python train_gpt2.py --sample --adapter out/flat.pt --prompt "def "
 
 The bare command pre-trains a small byte-level GPT-2 on the English that every
@@ -22,25 +23,32 @@ import importlib.util
 import json
 import math
 import os
+import re
 import statistics
+import textwrap
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from flatlora import (
+    check_fit,
     flat_lora_step,
     inject_lora,
     load_lora_state_dict,
     lora_parameters,
     lora_state_dict,
+    read_safetensors,
     sam_step,
+    save_peft,
     sharpness,
     sigma_at,
 )
@@ -63,6 +71,12 @@ METRICS = {  # what the table shows: label, digits
     "time": ("time / LoRA's", 2),
 }
 
+INIT_DEFAULTS: dict[str, Any] = {  # with --init, where a step is dear
+    "methods": ["flat"], "block_size": 256, "batch_size": 4, "grad_accum": 4, "steps": 100, "warmup": 10, "lr": 2e-4,
+    "full_lr": 3e-5, "r": 8, "alpha": 16, "sigma": 0.05, "rho": 0.05, "eval_interval": 20, "eval_windows": 32,
+    "sharpness_samples": 0, "length": 100,
+}  # fmt: skip
+FIXED_BY_INIT = ["n_layer", "n_head", "n_embd", "pretrain_text", "pretrain_steps", "pretrain_lr"]
 PAIRED = [key for key in METRICS if key.endswith("loss") or key.startswith("sharp")]  # as differences to LoRA
 
 # ---- Model ---------------------------------------------------------------------------------------------------
@@ -147,8 +161,8 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: bytes, length: int, temperature: float, top_k: int, seed: int) -> bytes:
-    """`length` bytes after `prompt`, drawn with a generator of their own."""
+def generate(model: GPT, prompt: Sequence[int], length: int, temperature: float, top_k: int, seed: int) -> list[int]:
+    """`length` tokens after `prompt`, drawn with a generator of their own."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
@@ -157,7 +171,109 @@ def generate(model: GPT, prompt: bytes, length: int, temperature: float, top_k: 
         logits = model(context)[0, -1].float().cpu() / temperature  # (vocab_size,)
         best, ids = logits.topk(min(top_k, len(logits)))
         tokens.append(int(ids[torch.multinomial(best.softmax(0), 1, generator=generator)]))
-    return bytes(tokens[len(prompt) :])
+    return tokens[len(prompt) :]
+
+
+# ---- OpenAI's GPT-2 ------------------------------------------------------------------------------------------
+
+RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB = "https://huggingface.co/openai-community/{}/resolve/main/{}"
+SAME_FUNCTION = {  # the settings of config.json under which `GPT` computes what Hugging Face's model does
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
+}  # fmt: skip
+SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # byte pairs stay inside of these
+
+
+def checkpoint_file(init: str, *names: str) -> Path:
+    """The first of `names` that the folder `init` holds. Of a released model, the first, downloaded once."""
+    if init not in RELEASED:
+        for name in names:
+            if Path(init, name).is_file():
+                return Path(init, name)
+        what = f"{', '.join(RELEASED)} or a folder with {' or '.join(names)}"
+        raise ValueError(f"--init must be {what}, got {init}")
+    url, path = HUB.format(init, names[0]), Path(torch.hub.get_dir(), "flatlora", init, names[0])
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except OSError as error:
+            or_data = ", and --data DIR does without" if names == ("vocab.json",) else ""
+            raise ValueError(f"cannot download {url} ({error}); --init DIR takes a folder with it{or_data}") from None
+    return path
+
+
+def gpt2_config(init: str, dropout: float) -> GPTConfig:
+    path = checkpoint_file(init, "config.json")
+    try:
+        given = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    for key, value in SAME_FUNCTION.items():
+        if given.get(key, value) != value:
+            raise ValueError(f"{path}: {key} must be {value!r}, got {given[key]!r}")
+    sizes = [given.get(key) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")]
+    if not all(isinstance(n, int) and n >= 1 for n in sizes) or sizes[2] % sizes[1]:
+        raise ValueError(f"{path}: n_layer, n_head, n_embd, n_positions and vocab_size cannot be {sizes}")
+    return GPTConfig(*sizes, dropout)
+
+
+def load_gpt2(init: str, config: GPTConfig, device: torch.device) -> GPT:
+    """The weights as Hugging Face saves them, with or without its prefix `transformer.`, every key accounted for."""
+    path = checkpoint_file(init, "model.safetensors", "pytorch_model.bin")
+    if path.suffix == ".safetensors":
+        state = read_safetensors(path)
+    else:
+        try:
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise ValueError(f"{path} is truncated or no file of weights: {type(error).__name__}") from None
+    prefix = "" if any(key.startswith("transformer.") for key in state) else "transformer."
+    head = state.pop("lm_head.weight", None)
+    mask = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # the causal mask, a buffer in older files
+    state = {prefix + key: value for key, value in state.items() if not mask.fullmatch(key)}
+    with torch.device("meta"):
+        model = GPT(config)
+    conv1d = {f"{name}.weight" for name, _ in model.named_modules() if name.endswith(tuple(TARGETS))}
+    shapes = {key: p.shape[::-1] if key in conv1d else p.shape for key, p in model.named_parameters()}
+    check_fit(f"the weights in {path}", shapes, state)
+    if head is not None and not torch.equal(head, state["transformer.wte.weight"]):
+        raise ValueError(f"{path}: lm_head.weight differs from wte.weight, to which GPT-2 ties it")
+    for key in shapes:  # one after the other, so that no second copy of the model comes to be
+        state[key] = (state[key].t() if key in conv1d else state[key]).to(device, torch.float32).contiguous()
+    model.load_state_dict(state, strict=False, assign=True)  # strict would ask for the head
+    model.lm_head.weight = model.transformer["wte"].weight  # tied again
+    return model.eval()
+
+
+def tokenizer(init: str | None) -> tuple[Callable[[bytes], Sequence[int]], Callable[[Sequence[int]], bytes]]:
+    """encode and decode: a token is a byte or, with --init, one of GPT-2's byte pairs."""
+    if init is None:
+        return list, bytes
+    try:
+        import tiktoken
+    except ImportError:
+        raise ImportError('tiktoken is not installed: pip install -e ".[gpt2]"') from None
+    path = checkpoint_file(init if Path(init, "vocab.json").is_file() else "gpt2", "vocab.json")  # one for all sizes
+    # vocab.json writes a byte as a printable character: itself, or one from 256 on. Its ids are in merge order.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*plain}))}
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+        words = {i: bytes(byte[c] for c in word) for word, i in ids.items()}
+        ranks = {word: i for i, word in words.items()}
+        special = {"<|endoftext|>": ranks.pop(b"<|endoftext|>")}
+        if not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is not a vocabulary of GPT-2's kind") from None
+    bpe = tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+    unknown = "\N{REPLACEMENT CHARACTER}".encode()  # a model may have more outputs than there are words
+    return (
+        lambda text: bpe.encode_ordinary(text.decode(errors="replace")),
+        lambda tokens: b"".join(words.get(token, unknown) for token in tokens),
+    )
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------
@@ -200,23 +316,57 @@ def split(files: list[bytes]) -> dict[str, bytes]:
     return {"train": text[:a], "val": text[a:b], "test": text[b:]}
 
 
-def load_data(args: argparse.Namespace) -> dict[str, Tensor]:
-    """Token ids of "pretrain", "train", "val", "test", "ood", each (N,). Token = byte."""
-    texts = split(read_files(args.text) if args.text else package_sources("email", "--text"))
-    texts["ood"] = b"".join(read_files(args.ood) if args.ood else package_sources("asyncio", "--ood"))
-    texts["pretrain"] = b"".join(read_files(args.pretrain_text)) if args.pretrain_text else english()
-    # The built-in text is cut so that it is scarce: with plenty there is nothing to regularise.
-    texts["train"] = texts["train"][: args.train_bytes or (None if args.text else 30_000)]
-    for name, text in texts.items():
-        if len(text) < args.block_size + 1:
-            raise ValueError(f"the {name} text is {len(text)} bytes, shorter than --block-size {args.block_size} + 1")
-    return {name: torch.tensor(list(text), dtype=torch.uint8) for name, text in texts.items()}
+def read_bins(folder: Path) -> dict[str, Tensor]:
+    """nanoGPT's train.bin and val.bin, mapped into memory, not read into it. The halves of val are val and test."""
+    data = {}
+    for name in ("train", "val"):
+        path = folder / f"{name}.bin"
+        size = path.stat().st_size
+        if size == 0 or size % 2:
+            raise ValueError(f"{path} must hold uint16 numbers, got {size} bytes")
+        ids = np.memmap(path, np.uint16, "r")
+        if len(ids) > 1 and ids[:4096:2].max() > 255 and ids[1:4096:2].max() < 4:
+            raise ValueError(f"{path} holds 32-bit numbers, as of a vocabulary larger than uint16: only uint16 is read")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would rather have memory that can be written
+            data[name] = torch.from_numpy(ids)
+    half = len(data["val"]) // 2
+    return {**data, "val": data["val"][:half], "test": data["val"][half:]}
+
+
+def load_data(
+    args: argparse.Namespace, vocab_size: int = 256, encode: Callable[[bytes], Sequence[int]] = list
+) -> dict[str, Tensor]:
+    """Token ids of "pretrain", "train", "val", "test", "ood", each (N,); --init has no "pretrain", and it and --data
+    have "ood" by option only. Also sets args.tokens_a_byte, where there is text."""
+    data = read_bins(args.data) if args.data else {}
+    texts = {} if data else split(read_files(args.text) if args.text else package_sources("email", "--text"))
+    if args.ood or not (args.init or args.data):
+        texts["ood"] = b"".join(read_files(args.ood) if args.ood else package_sources("asyncio", "--ood"))
+    if not args.init:
+        texts["pretrain"] = b"".join(read_files(args.pretrain_text)) if args.pretrain_text else english()
+    if "train" in texts:
+        # The built-in text is cut so that it is scarce: with plenty there is nothing to regularise.
+        texts["train"] = texts["train"][: args.train_bytes or (None if args.text else 30_000)]
+    dtype = torch.int32 if args.init else torch.uint8
+    data |= {name: torch.tensor(encode(text), dtype=dtype) for name, text in texts.items()}
+    args.tokens_a_byte = {name: len(data[name]) / max(1, len(text)) for name, text in texts.items()}
+    if args.data and vocab_size > 2**16:
+        raise ValueError(f"--data holds uint16 numbers, too small for a vocabulary of {vocab_size}")
+    for name, ids in data.items():
+        if len(ids) < args.block_size + 1:
+            unit = "tokens" if args.init or args.data else "bytes"
+            raise ValueError(f"the {name} text is {len(ids)} {unit}, shorter than --block-size {args.block_size} + 1")
+        if ids.numpy().max() >= vocab_size:
+            raise ValueError(f"the {name} text has the token {ids.numpy().max()}, the model {vocab_size} of them")
+    return data
 
 
 def windows(data: Tensor, starts: Tensor, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and next-token targets from the given places: (B, T), (B, T)."""
     at = starts[:, None] + torch.arange(block_size + 1)  # (B, T + 1)
-    chunk = data[at].to(device).long()  # (B, T + 1)
+    # By numpy, which indexes a mapped uint16 file in every release.
+    chunk = torch.from_numpy(data.numpy()[at.numpy()].astype(np.int64)).to(device)  # (B, T + 1)
     return chunk[:, :-1], chunk[:, 1:]
 
 
@@ -250,6 +400,7 @@ def train(
     seed: int,
     args: argparse.Namespace,
     title: str,
+    val: Tensor | None = None,
 ) -> dict[str, float]:
     """Train in place: "full" everything, the other methods the adapters. The seed fixes the batches and the noise."""
     loss_fn = make_loss_fn(args)
@@ -285,9 +436,17 @@ def train(
         seconds.append(time.perf_counter() - begin)
         if step % 10 == 0:
             bar.set_postfix_str(f"loss {loss:.3f}, sigma {sigma:.3f}")
+        if val is not None and args.eval_interval and (step + 1) % args.eval_interval == 0:
+            bar.write(f"{title}, seed {seed}, step {step + 1}: validation {evaluate(model.eval(), val, args):.3f}")
+            model.train()
     model.eval()
     count = sum(p.numel() for p in parameters)
     return {"ms": 1000 * statistics.median(seconds), "passes": passes / (steps * args.grad_accum), "trainable": count}
+
+
+def at_once(model: nn.Module, args: argparse.Namespace) -> int:
+    """Windows a forward in evaluation: their float32 logits take 256 MB at most."""
+    return max(1, 2**26 // (args.block_size * model.config.vocab_size))
 
 
 @torch.no_grad()
@@ -296,7 +455,7 @@ def evaluate(model: nn.Module, data: Tensor, args: argparse.Namespace) -> float:
     loss_fn = make_loss_fn(args)
     starts = torch.arange(0, len(data) - args.block_size, args.block_size)  # (N,)
     starts = starts[:: -(-len(starts) // args.eval_windows)]
-    parts = [windows(data, part, args.block_size, args.device) for part in starts.split(64)]
+    parts = [windows(data, part, args.block_size, args.device) for part in starts.split(min(64, at_once(model, args)))]
     return sum(loss_fn(model, part).item() * len(part[0]) for part in parts) / len(starts)
 
 
@@ -330,44 +489,52 @@ def load_base(path: Path, device: torch.device) -> GPT:
     return model.eval()
 
 
-def pretrained(config: GPTConfig, data: Tensor, args: argparse.Namespace) -> tuple[GPT, Path]:
-    """The base and its file. The file is named after all that shapes the base, so that only an equal one is reused."""
+def pretrained(config: GPTConfig, data: Tensor, args: argparse.Namespace) -> tuple[GPT, str]:
+    """The base and its file name, made of all that shapes the base, so that only an equal one is reused."""
     recipe = [asdict(config), args.pretrain_steps, args.pretrain_lr, args.batch_size, args.grad_accum, args.warmup]
     recipe += [args.weight_decay, args.clip, args.dtype, hashlib.sha256(data.numpy().tobytes()).hexdigest()]
     path = args.out / f"base-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}.pt"
     if path.exists():
         print(f"base: {path}")
-        return load_base(path, args.device), path
+        return load_base(path, args.device), path.name
     torch.manual_seed(0)
     model = GPT(config).to(args.device)
     train(model, "full", data, args.pretrain_steps, args.pretrain_lr, 0, args, "pre-train")
     save(path, {"config": asdict(config), "model": model.state_dict()})
     print(f"base: {path}, pre-trained")
-    return model, path
+    return model, path.name
 
 
 def finetune(base: GPT, method: str, data: dict[str, Tensor], seed: int, args: argparse.Namespace) -> tuple[GPT, Any]:
     """One fine-tuned copy of the base, in evaluation mode, and what the table says of it."""
     torch.manual_seed(seed)  # the same adapters for every method
-    model = copy.deepcopy(base)
-    if method != "full":
+    # Adapters stand on the base itself, not on a copy: its weights are never written.
+    model = copy.deepcopy(base, {} if method == "full" else {id(p): p for p in base.parameters()})
+    if method == "full":
+        model.requires_grad_(True)
+    else:
         inject_lora(model, args.r, args.alpha, args.lora_dropout, TARGETS)
     peak_lr = args.full_lr if method == "full" else args.lr
-    cost = train(model, method, data["train"], args.steps, peak_lr, seed, args, method)
+    cost = train(model, method, data["train"], args.steps, peak_lr, seed, args, method, data["val"])
     return model, {"method": method, "seed": seed, **cost, **measure(model, data, args)}
 
 
 def measure(model: nn.Module, data: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for name in tqdm(("train", "val", "test", "ood"), desc="evaluate", leave=False):
+    for name in tqdm([name for name in ("train", "val", "test", "ood") if name in data], desc="evaluate", leave=False):
         result[f"{name}_loss"] = evaluate(model, data[name], args)
-        result[f"{name}_bits"] = result[f"{name}_loss"] / math.log(2)  # a token is a byte
+        if name in args.tokens_a_byte:
+            result[f"{name}_bits"] = result[f"{name}_loss"] / math.log(2) * args.tokens_a_byte[name]
+    if not args.sharpness_samples:
+        return result
     # A model without adapters gets a copy with B = 0: W' = W, and the factors say nothing.
     adapted = bool([name for name, _ in model.named_parameters() if name.endswith("lora_B")])
     model = model if adapted else inject_lora(copy.deepcopy(model), 1, targets=TARGETS)
     starts = torch.arange(0, len(data["train"]) - args.block_size, args.block_size)
     starts = starts[:: max(1, len(starts) // 64)]  # 64 windows or a few more
-    batches = [windows(data["train"], starts, args.block_size, args.device)]
+    size = min(len(starts), at_once(model, args))
+    starts = starts[: len(starts) // size * size]  # equal parts, as the measure takes the mean over them
+    batches = [windows(data["train"], part, args.block_size, args.device) for part in starts.split(size)]
     for space in ("lora", "full"):
         rise = sharpness(model, make_loss_fn(args), batches, args.sharpness_sigma, args.sharpness_samples, 0, space)
         result[f"sharp_{space}"] = rise if adapted or space == "full" else None
@@ -377,33 +544,51 @@ def measure(model: nn.Module, data: dict[str, Tensor], args: argparse.Namespace)
 # ---- Command line --------------------------------------------------------------------------------------------
 
 
-def show_samples(models: dict[str, GPT], prompt: bytes, args: argparse.Namespace) -> dict[str, str]:
+def show_samples(
+    models: dict[str, GPT], prompt: Sequence[int], decode: Callable[[Sequence[int]], bytes], args: argparse.Namespace
+) -> dict[str, str]:
     samples = {}
     for name, model in models.items():
-        text = generate(model, prompt, args.length, args.temperature, args.top_k, seed=0)
-        samples[name] = (prompt + text).decode(errors="replace")
+        tokens = generate(model, prompt, args.length, args.temperature, args.top_k, seed=0)
+        samples[name] = decode([*prompt, *tokens]).decode(errors="replace")
         print(f"\n---- {name} " + "-" * (74 - len(name)) + f"\n{samples[name]}")
     return samples
 
 
 def sample(args: argparse.Namespace) -> None:
-    """--sample: text from a saved adapter on the base that it was trained on."""
+    """--sample: text from a saved adapter on the base that it was trained on, or on --init where that has moved."""
     if args.adapter is None or not args.prompt:
         raise ValueError("--sample needs --adapter FILE and --prompt TEXT, the text not empty")
     content = load(args.adapter, {"base", "r", "alpha", "adapters"}, args.device)
-    model = load_base(args.adapter.parent / content["base"], args.device)
+    init = args.init or (None if content["base"].endswith(".pt") else content["base"])
+    if init:
+        model = load_gpt2(init, gpt2_config(init, 0.0), args.device)
+    else:
+        model = load_base(args.adapter.parent / content["base"], args.device)
+    encode, decode = tokenizer(init)
     inject_lora(model, content["r"], content["alpha"], targets=TARGETS)
     load_lora_state_dict(model, content["adapters"])
-    show_samples({args.adapter.stem: model}, args.prompt.encode(), args)
+    show_samples({args.adapter.stem: model}, encode(args.prompt.encode()), decode, args)
 
 
 def compare(args: argparse.Namespace) -> None:
-    config = GPTConfig(args.n_layer, args.n_head, args.n_embd, args.block_size, dropout=args.dropout)
+    if args.init:
+        config = gpt2_config(args.init, args.dropout)
+    else:
+        config = GPTConfig(args.n_layer, args.n_head, args.n_embd, args.block_size, dropout=args.dropout)
+    if args.block_size > config.block_size:
+        raise ValueError(f"--block-size must be at most the model's {config.block_size}, got {args.block_size}")
     with torch.device("meta"):  # bad sizes end here, before the work
         inject_lora(GPT(config), args.r, args.alpha, args.lora_dropout, TARGETS)
     sigma_at(0, args.steps, args.sigma, args.schedule)
-    data = load_data(args)
-    base, path = pretrained(config, data["pretrain"], args)
+    # --data stands without a tokenizer, as long as no other text comes in and none is to come out.
+    text = not (args.init and args.data) or args.ood or args.prompt
+    encode, decode = tokenizer(args.init) if text else (list, None)
+    data = load_data(args, config.vocab_size, encode)
+    if args.init:
+        base, base_name = load_gpt2(args.init, config, args.device), args.init
+    else:
+        base, base_name = pretrained(config, data["pretrain"], args)
     methods = ["base", *dict.fromkeys(args.methods)]
     baseline = measure(base, data, args)
     runs: list[dict[str, Any]] = []
@@ -416,16 +601,20 @@ def compare(args: argparse.Namespace) -> None:
             if seed == 0:
                 models[method] = model
                 if method != "full":
-                    content = {"base": path.name, "r": args.r, "alpha": args.alpha, "adapters": lora_state_dict(model)}
+                    content = {"base": base_name, "r": args.r, "alpha": args.alpha, "adapters": lora_state_dict(model)}
                     save(args.out / f"{method}.pt", content)
+                    if args.peft:
+                        save_peft(model, args.out / method, args.init, fan_in_fan_out=True)
         lora_ms = next((run["ms"] for run in runs if run["seed"] == seed and run["method"] == "lora"), None)
         for result in runs:
             if result["seed"] == seed and "ms" in result:
                 result["time"] = result["ms"] / lora_ms if lora_ms else None
     summary = report(runs, methods, METRICS, PAIRED)
-    print("\nText as each model goes on (seed 0):")
-    prompt = args.prompt.encode() if args.prompt else bytes(data["test"][:64].tolist())
-    samples = show_samples(models, prompt, args)
+    samples = {}
+    if decode:
+        print("\nText as each model goes on (seed 0):")
+        prompt = encode(args.prompt.encode()) if args.prompt else data["test"][:64].tolist()
+        samples = show_samples(models, prompt, decode, args)
     options = {key: str(value) for key, value in vars(args).items()}
     content = {"config": options, "environment": environment(), "summary": summary, "runs": runs, "samples": samples}
     write_json(args.out / "results.json", content)
@@ -439,14 +628,20 @@ def main() -> None:
     add("--methods", nargs="+", default=["lora", "flat", "sam"], choices=METHODS, help="default: lora flat sam")
     add("--seeds", type=int, default=1, help="runs of each method; two or more give intervals (1)")
     add("--device", default="auto", help="cpu, cuda or auto (auto)")
-    add("--dtype", default="float32", help="float32, or bfloat16 for autocast (float32)")
+    add("--dtype", help="float32, or bfloat16 for autocast (float32; with --init on a GPU bfloat16)")
     add("--out", type=Path, default=Path("out"), help="folder for base, adapters and results.json (out)")
     add = parser.add_argument_group("data").add_argument
     add("--text", type=Path, nargs="+", metavar="FILE", help="fine-tune on these (sources of the email package)")
     add("--ood", type=Path, nargs="+", metavar="FILE", help="out-of-domain test (sources of the asyncio package)")
     add("--pretrain-text", type=Path, nargs="+", metavar="FILE", help="pre-train on these (the reference of help())")
+    add("--data", type=Path, metavar="DIR", help="tokens in nanoGPT's train.bin and val.bin (half of val is the test)")
     add("--train-bytes", type=int, help="use at most so much of the training split (30000, or all of --text)")
     add("--eval-windows", type=int, default=400, help="at most so many contexts a split in an evaluation (400)")
+    own = " ".join(f"--{key} {value}".replace("_", "-") for key, value in list(INIT_DEFAULTS.items())[1:])
+    words = textwrap.fill(f"With --init other defaults hold: --methods flat {own}.", 76)
+    add = parser.add_argument_group("a released model", words).add_argument
+    add("--init", metavar="MODEL", help=f"{', '.join(RELEASED)}, or a folder with its files, instead of pre-training")
+    add("--peft", action="store_true", help="also write each adapter for Hugging Face's PEFT, in OUT/METHOD")
     add = parser.add_argument_group("model and pre-training").add_argument
     add("--n-layer", type=int, default=4, help="blocks (4)")
     add("--n-head", type=int, default=4, help="attention heads (4)")
@@ -464,6 +659,7 @@ def main() -> None:
     add("--warmup", type=int, default=20, help="steps of linear warm-up (20)")
     add("--weight-decay", type=float, default=0.0, help="AdamW's (0)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (1)")
+    add("--eval-interval", type=int, default=0, help="print the validation loss after each so many steps (0: never)")
     add("--r", type=int, default=16, help="rank of the adapters (16)")
     add("--alpha", type=float, default=32, help="their scaling is alpha / r (32)")
     add("--lora-dropout", type=float, default=0.0, help="on the input of the adapters (0)")
@@ -473,28 +669,30 @@ def main() -> None:
     add("--rho", type=float, default=0.2, help="sam: radius on (A, B) (0.2)")
     add("--rho-full", type=float, default=0.05, help="sam-full: radius on the merged weight (0.05)")
     add("--sharpness-sigma", type=float, default=0.1, help="noise strength of the sharpness measure (0.1)")
-    add("--sharpness-samples", type=int, default=8, help="its draws (8)")
+    add("--sharpness-samples", type=int, default=8, help="its draws, 0 to leave it out (8)")
     add = parser.add_argument_group("text from the models").add_argument
     add("--sample", action="store_true", help="only generate, from --adapter")
     add("--adapter", type=Path, metavar="FILE", help="adapter file that a run saved; its base lies beside it")
     add("--prompt", help="what to continue (the start of the test split)")
-    add("--length", type=int, default=200, help="bytes to generate (200)")
+    add("--length", type=int, default=200, help="tokens to generate (200)")
     add("--temperature", type=float, default=0.7, help="below 1 plays safe (0.7)")
     add("--top-k", type=int, default=40, help="draw among the k likeliest (40)")
+    if parser.parse_known_args()[0].init:
+        parser.set_defaults(**INIT_DEFAULTS, **dict.fromkeys(FIXED_BY_INIT))
     args = parser.parse_args()
     try:
         check(args)
         sample(args) if args.sample else compare(args)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         raise SystemExit(f"train_gpt2.py: {error}") from None
 
 
 def check(args: argparse.Namespace) -> None:
     """The options that nothing else checks; turns --device into a torch.device."""
     counts = ["seeds", "train_bytes", "eval_windows", "n_layer", "n_head", "n_embd", "block_size", "pretrain_steps"]
-    counts += ["steps", "batch_size", "grad_accum", "sharpness_samples", "length", "top_k"]
+    counts += ["steps", "batch_size", "grad_accum", "length", "top_k"]
     positive = ["pretrain_lr", "lr", "full_lr", "clip", "temperature"]
-    natural = ["warmup", "weight_decay", "rho", "rho_full", "sharpness_sigma"]
+    natural = ["warmup", "weight_decay", "rho", "rho_full", "sharpness_sigma", "sharpness_samples", "eval_interval"]
     for names, holds, words in (
         (counts, lambda v: v >= 1, "at least 1"),
         (positive, lambda v: 0 < v < math.inf, "above 0 and finite"),
@@ -505,15 +703,23 @@ def check(args: argparse.Namespace) -> None:
             value = getattr(args, name)
             if value is not None and not holds(value):
                 raise ValueError(f"--{name.replace('_', '-')} must be {words}, got {value}")
-    if args.n_embd % args.n_head:
+    if args.init and any(getattr(args, name) is not None for name in FIXED_BY_INIT):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in FIXED_BY_INIT)
+        raise ValueError(f"--init brings a trained model: it goes without {options}")
+    if args.data and (args.text or args.train_bytes):
+        raise ValueError("--data stands in place of --text and --train-bytes: give one of them")
+    if args.peft and not args.init:
+        raise ValueError("--peft needs --init, the model on which PEFT is to load the adapters")
+    if not args.init and args.n_embd % args.n_head:
         raise ValueError(f"--n-embd must be a multiple of --n-head = {args.n_head}, got {args.n_embd}")
-    if args.dtype not in ("float32", "bfloat16"):
+    if args.dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"--dtype must be float32 or bfloat16, got {args.dtype!r}")
     if args.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device must be cpu, cuda or auto, got {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
     args.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.init and args.device.type == "cuda" else "float32")
 
 
 if __name__ == "__main__":

@@ -200,10 +200,22 @@ def test_bad_injection_arguments_say_what_is_allowed(options, words):
         inject_lora(small_mlp(), **{"r": 2, **options})
 
 
-def test_layers_that_are_no_plain_linear_are_refused_by_name():
-    model = nn.Sequential(nn.MultiheadAttention(8, 2))  # its out_proj is a subclass that is read past its forward
-    with pytest.raises(ValueError, match=r"0.out_proj: must be a plain nn.Linear, got NonDynamically"):
-        inject_lora(model, r=2)
+@pytest.mark.parametrize("targets", [".*", ["out_proj"]])
+def test_a_projection_that_is_read_past_its_forward_is_refused_with_the_reason(targets):
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    words = (
+        "0.out_proj: must be a plain nn.Linear, got NonDynam.*: nn.MultiheadAttention reads its weight past its forward"
+    )
+    with pytest.raises(ValueError, match=words):
+        inject_lora(model, r=2, targets=targets)
+
+
+def test_the_linears_of_a_transformer_encoder_layer_are_refused_with_the_reason():
+    """In evaluation it hands linear1.weight to a fused kernel: the adapters would count in training only."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(ValueError, match=r"layers\.0\.linear1: nn.TransformerEncoderLayer reads its weight past"):
+        inject_lora(model, r=2, targets=["linear1", "linear2"])
+    assert all(p.requires_grad for p in model.parameters())  # nothing was changed
 
 
 def test_a_model_without_adapters_is_an_error_everywhere():

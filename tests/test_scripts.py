@@ -3,17 +3,19 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import train_gpt2
 import train_toy
-from flatlora import LoRALinear
+from flatlora import LoRALinear, read_safetensors
 
 ROOT = Path(__file__).parent.parent
 TOY = ["--seeds", "2", "--steps", "5", "--pretrain-steps", "5", "--samples", "1"]
@@ -195,13 +197,259 @@ def test_bad_input_ends_in_one_clear_line(gpt2, tmp_path, monkeypatch, capsys, o
     assert words in ending(train_gpt2.main, [*GPT2, *options], monkeypatch, capsys)
 
 
+# ---- train_gpt2.py --init and --data -------------------------------------------------------------------------
+
+
+def gpt2_folder(path, config=None, weights=None):
+    """A random GPT-2 in Hugging Face's layout, in the format that needs no extra, with changes to its files."""
+    path.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(2, 2, 8, 32, vocab_size=300))
+    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    state = {k: (v.t() if k.endswith(conv1d) else v).contiguous() for k, v in model.state_dict().items()}
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)  # a buffer of older files
+    state.update(weights or {})
+    torch.save({k: v for k, v in state.items() if v is not None}, path / "pytorch_model.bin")
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 32, "vocab_size": 300}
+    (path / "config.json").write_text(json.dumps({**sizes, "activation_function": "gelu_new", **(config or {})}))
+    return model
+
+
+def bins(path, train=2000, val=100, dtype=np.uint16, top=300):
+    path.mkdir(exist_ok=True)
+    for name, size in (("train", train), ("val", val)):
+        np.random.default_rng(size).integers(0, top, size).astype(dtype).tofile(path / f"{name}.bin")
+
+
+INIT = ["--init", "gpt2", "--data", "data", "--block-size", "16", "--steps", "2", "--eval-interval", "1"]
+
+
+def test_a_folder_of_gpt2_and_one_of_nanogpt_fine_tune_without_an_extra(tmp_path):
+    gpt2_folder(tmp_path / "base")
+    bins(tmp_path / "data")
+    options = [*INIT, "--init", "base", "--methods", "lora", "flat", "full", "--sharpness-samples", "1"]
+    code = f"import sys; sys.argv[1:] = {options}; sys.path.insert(0, {str(ROOT)!r})\n"
+    code += "import train_gpt2; train_gpt2.main()\n"
+    code += "print('imported', {'safetensors', 'tiktoken', 'transformers', 'peft'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(", seed 0, step 1: validation ") == 3 and "imported set()" in done.stdout
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for run in results["runs"]:
+        assert run["val_loss"] != run["test_loss"]  # the halves of val.bin
+        assert "ood_loss" not in run and "test_bits" not in run and run["sharp_full"] is not None
+    assert torch.load(tmp_path / "out" / "flat.pt", weights_only=True)["base"] == "base"
+
+
+def test_the_weights_of_a_folder_are_the_models(tmp_path):
+    expected = gpt2_folder(tmp_path)
+    model = train_gpt2.load_gpt2(str(tmp_path), train_gpt2.gpt2_config(str(tmp_path), 0.0), torch.device("cpu"))
+    tokens = torch.randint(300, (2, 32))
+    assert torch.equal(model(tokens), expected(tokens))
+    assert model.lm_head.weight is model.transformer["wte"].weight and not model.training
+
+
+def test_the_base_is_shared_and_not_written(tmp_path, monkeypatch):
+    """Adapters need no copy of a large base; "full" gets its own, trainable though the base was frozen before."""
+    gpt2_folder(tmp_path / "base")
+    bins(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    bases, models, finetune = [], [], train_gpt2.finetune
+
+    def spy(base, *rest):
+        bases.append({k: v.clone() for k, v in base.state_dict().items()})
+        model, result = finetune(base, *rest)
+        models.append(model)
+        bases.append({k: v.clone() for k, v in base.state_dict().items()})
+        return model, result
+
+    monkeypatch.setattr(train_gpt2, "finetune", spy)
+    monkeypatch.setattr(sys, "argv", ["script", *INIT, "--init", "base", "--methods", "flat", "lora", "full"])
+    train_gpt2.main()
+    assert all(torch.equal(v, bases[0][k]) for state in bases for k, v in state.items())
+    flat, lora, full = (model.transformer["h"][0].mlp.c_fc.weight for model in models)
+    assert flat is lora and not torch.equal(full, flat)
+
+
+def test_a_bin_is_mapped_and_not_read_into_memory(tmp_path):
+    for name in ("train", "val"):
+        with open(tmp_path / f"{name}.bin", "wb") as file:
+            file.truncate(2**36)  # 64 GiB of zeros that take no place on the disk
+    data = train_gpt2.read_bins(tmp_path)
+    assert len(data["train"]) == 2**35 and len(data["val"]) == len(data["test"]) == 2**34
+    x, y = train_gpt2.windows(data["train"], torch.tensor([2**35 - 9]), 8, torch.device("cpu"))
+    assert x.shape == y.shape == (1, 8)
+
+
+def test_ids_above_an_int16_are_read_as_they_are(tmp_path):
+    np.arange(65_000, 65_100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    data = train_gpt2.read_bins(tmp_path)
+    x, y = train_gpt2.windows(data["train"], torch.tensor([5]), 3, torch.device("cpu"))
+    assert x.tolist() == [[65_005, 65_006, 65_007]] and y.tolist() == [[65_006, 65_007, 65_008]]
+    assert data["val"].tolist() == list(range(50)) and data["test"].tolist() == list(range(50, 100))
+
+
+C_ATTN, WTE = "transformer.h.1.attn.c_attn", "transformer.wte.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "words"),
+    [
+        ({}, {f"{C_ATTN}.bias": None}, f"missing ['{C_ATTN}.bias'], not in the model [], of another shape []"),
+        ({}, {"transformer.h.1.attn.masks": torch.ones(1)}, "not in the model ['transformer.h.1.attn.masks']"),
+        ({}, {"h.1.attn.c_attn.bias": torch.ones(24)}, "not in the model ['h.1.attn.c_attn.bias']"),  # prefixes mixed
+        ({}, {f"{C_ATTN}.weight": torch.ones(24, 8)}, f"of another shape ['{C_ATTN}.weight']"),  # not as Conv1D
+        ({}, {"lm_head.weight": torch.zeros(300, 8)}, "lm_head.weight differs from wte.weight"),
+        ({"n_layer": 3}, {}, "missing ['transformer.h.2.attn.c_attn.bias',"),
+        ({"n_layer": 1}, {}, "not in the model ['transformer.h.1.attn.c_attn.bias',"),
+        ({"n_embd": 16}, {}, "of another shape ["),
+        ({"vocab_size": 301}, {}, f"of another shape ['{WTE}']"),
+        ({"n_positions": 64}, {}, "of another shape ['transformer.wpe.weight']"),
+        ({"n_head": 3}, {}, "config.json: n_layer, n_head, n_embd, n_positions and vocab_size cannot be [2, 3, 8,"),
+        ({"activation_function": "gelu"}, {}, "config.json: activation_function must be 'gelu_new', got 'gelu'"),
+        ({"model_type": "llama"}, {}, "model_type must be 'gpt2', got 'llama'"),
+        ({"layer_norm_epsilon": 1e-6}, {}, "layer_norm_epsilon must be 1e-05, got 1e-06"),
+    ],
+)
+def test_a_folder_that_is_not_this_gpt2_ends_in_one_line(tmp_path, monkeypatch, capsys, config, weights, words):
+    gpt2_folder(tmp_path / "base", config, weights)
+    bins(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert words in ending(train_gpt2.main, [*INIT, "--init", "base"], monkeypatch, capsys)
+
+
+def damage(folder):
+    """Files that are not what they are named, each in a folder of its own."""
+    for name in ("TRUNCATED", "EMPTY", "LIST", "NOCONFIG", "NOWEIGHTS", "BIG"):
+        gpt2_folder(folder / name)
+    file = folder / "TRUNCATED" / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:-100])
+    (folder / "EMPTY" / "pytorch_model.bin").write_bytes(b"")
+    torch.save([torch.ones(1)], folder / "LIST" / "pytorch_model.bin")
+    (folder / "NOCONFIG" / "config.json").write_text("{")
+    (folder / "NOWEIGHTS" / "pytorch_model.bin").unlink()
+    gpt2_folder(folder / "BIG", {"vocab_size": 70_000}, {WTE: torch.zeros(70_000, 8), "lm_head.weight": None})
+    for name, options in {
+        "WIDE": {"dtype": np.uint32},
+        "LARGE": {"top": 301, "train": 99_999},
+        "SMALL": {"val": 20},
+    }.items():
+        bins(folder / name, **options)
+    bins(folder / "ODD")
+    with open(folder / "ODD" / "val.bin", "ab") as file:
+        file.write(b"x")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--init", "TRUNCATED"], "TRUNCATED/pytorch_model.bin is truncated or no file of weights"),
+        (["--init", "EMPTY"], "EMPTY/pytorch_model.bin is truncated or no file of weights"),
+        (["--init", "LIST"], "LIST/pytorch_model.bin is truncated or no file of weights"),
+        (["--init", "NOCONFIG"], "NOCONFIG/config.json is no JSON"),
+        (["--init", "NOWEIGHTS"], "or a folder with model.safetensors or pytorch_model.bin, got NOWEIGHTS"),
+        (["--init", "nowhere"], "--init must be gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder with config.json"),
+        (["--init", "BIG"], "--data holds uint16 numbers, too small for a vocabulary of 70000"),
+        (["--data", "WIDE"], "train.bin holds 32-bit numbers, as of a vocabulary larger than uint16"),
+        (["--data", "LARGE"], "the train text has the token 300, the model 300 of them"),
+        (["--data", "SMALL"], "the val text is 10 tokens, shorter than --block-size 16 + 1"),
+        (["--data", "ODD"], "val.bin must hold uint16 numbers, got 201 bytes"),
+        (["--data", "nowhere"], "nowhere/train.bin"),
+        (["--text", "TEXT"], "--data stands in place of --text"),
+        (["--n-layer", "2"], "--init brings a trained model: it goes without --n-layer"),
+        (["--block-size", "33"], "--block-size must be at most the model's 32, got 33"),
+        (["--eval-interval", "-1"], "--eval-interval must be at least 0"),
+    ],
+)
+def test_bad_models_and_data_end_in_one_clear_line(tmp_path, monkeypatch, capsys, options, words):
+    gpt2_folder(tmp_path / "base")
+    bins(tmp_path / "data")
+    damage(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert words in ending(train_gpt2.main, [*INIT, "--init", "base", *options], monkeypatch, capsys)
+
+
+def test_a_byte_level_base_takes_bins_of_bytes_only(tmp_path, monkeypatch, capsys):
+    bins(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    words = ending(train_gpt2.main, [*GPT2, "--data", "data"], monkeypatch, capsys)
+    assert words == "train_gpt2.py: the train text has the token 299, the model 256 of them"
+    bins(tmp_path / "data", top=256)
+    monkeypatch.setattr(sys, "argv", ["script", *GPT2, "--data", "data", "--methods", "flat"])
+    train_gpt2.main()
+    assert "---- flat" in capsys.readouterr().out  # bytes can be shown
+    assert "--peft needs --init" in ending(train_gpt2.main, [*GPT2, "--peft"], monkeypatch, capsys)
+
+
+def test_without_a_network_one_line_says_what_was_tried_and_what_else_there_is(tmp_path, monkeypatch, capsys):
+    def no_network(request, *rest):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    url = "https://huggingface.co/openai-community/gpt2-xl/resolve/main/config.json"
+    words = ending(train_gpt2.main, ["--init", "gpt2-xl"], monkeypatch, capsys)
+    assert words == f"train_gpt2.py: cannot download {url} (no route to host); --init DIR takes a folder with it"
+    assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]  # no half of a file
+    pytest.importorskip("tiktoken", reason='needs the extra gpt2: pip install -e ".[gpt2]"')
+    gpt2_folder(tmp_path / "base")  # holds no vocabulary
+    words = ending(train_gpt2.main, ["--init", str(tmp_path / "base"), "--block-size", "16"], monkeypatch, capsys)
+    assert "gpt2/resolve/main/vocab.json (no route to host)" in words and "--data DIR does without" in words
+
+
+def test_a_released_model_is_downloaded_once(tmp_path, monkeypatch):
+    gpt2_folder(tmp_path / "release")
+    tried = []
+
+    def download(url, path):
+        tried.append(url)
+        Path(path).write_bytes((tmp_path / "release" / url.rsplit("/", 1)[1]).read_bytes())
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    for _ in range(2):
+        assert train_gpt2.gpt2_config("gpt2", 0.0).vocab_size == 300
+    assert tried == ["https://huggingface.co/openai-community/gpt2/resolve/main/config.json"]
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    for call in (lambda: read_safetensors(tmp_path / "x"), lambda: train_gpt2.tokenizer("gpt2")):
+        with pytest.raises(ImportError, match=r'is not installed: pip install -e "\.\[gpt2\]"'):
+            call()
+
+
 @pytest.mark.parametrize("file", ["flatlora.py", "train_toy.py", "train_gpt2.py"])
 def test_nothing_beyond_torch_numpy_and_tqdm_is_imported(file):
-    nodes = list(ast.walk(ast.parse((ROOT / file).read_text())))
-    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-    names = {module.split(".")[0] for module in modules}
-    assert names - sys.stdlib_module_names <= {"torch", "numpy", "tqdm", "flatlora", "train_toy"}
+    """Not on top, that is: the extras are imported inside the functions that need them."""
+    tree = ast.parse((ROOT / file).read_text())
+    inner = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    names = {False: set(), True: set()}
+    for node in ast.walk(tree):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+        names[node in inner] |= {module.split(".")[0] for module in modules}
+    assert names[False] - sys.stdlib_module_names <= {"torch", "numpy", "tqdm", "flatlora", "train_toy"}
+    assert names[True] - sys.stdlib_module_names <= {"safetensors", "tiktoken"}
+
+
+def test_the_plain_loop_of_the_readme_runs():
+    class MyModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.v_proj, self.out = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            return self.out(self.q_proj(x).tanh() * self.v_proj(x))
+
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
+    loader = [{"x": torch.randn(3, 8), "y": torch.tensor([0, 1, 2])} for _ in range(4)]
+    names = {"MyModel": MyModel, "loader": loader, "total_steps": 4, "run_seed": 0, "torch": torch, "F": nn.functional}
+    exec(code, names)
+    assert {type(m) for m in names["model"].children()} == {nn.Linear}  # merged
 
 
 # ---- train_toy.py --------------------------------------------------------------------------------------------
