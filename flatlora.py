@@ -30,7 +30,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,15 @@ class LoRALinear(nn.Module):
     def merge(self) -> nn.Linear:
         """A plain, frozen `nn.Linear` with weight W', rounded once to the dtype of W; this layer stays as it is.
 
-        RuntimeError inside a perturbation.
+        RuntimeError inside a perturbation, FloatingPointError where W' is not finite in that dtype.
         """
         if self._noise is not None:
             raise RuntimeError("the model is perturbed: merge outside of the perturbation")
+        merged = self.merged_weight().to(self.weight.dtype)
+        if not merged.isfinite().all():
+            raise FloatingPointError(f"the merged weight is not finite in {merged.dtype}")
         linear = nn.Linear(self.in_features, self.out_features, device="meta")  # meta: draws no random numbers
-        linear.weight = nn.Parameter(self.merged_weight().to(self.weight.dtype), requires_grad=False)
+        linear.weight = nn.Parameter(merged, requires_grad=False)
         linear.bias = None if self.bias is None else nn.Parameter(self.bias.clone(), requires_grad=False)
         return linear.train(self.training)
 
@@ -141,9 +144,12 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy the adapters of `lora_state_dict` in. ValueError, before any is written: missing, extra or mis-shaped."""
+    """Copy the adapters of `lora_state_dict` in. ValueError, before any is written: one is missing, not in the model,
+    of another shape, or holds something else than finite numbers."""
     adapters = _named_adapters(model)
     check_fit("the adapters", {name: p.shape for name, p in adapters.items()}, state)
+    if bad := [name for name, value in state.items() if not (value.is_floating_point() and value.isfinite().all())]:
+        raise ValueError(f"the adapters must hold finite floating-point numbers, which {bad[:3]} do not")
     for name, p in adapters.items():
         p.copy_(state[name])
 
@@ -151,7 +157,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def merge_lora(model: nn.Module) -> nn.Module:
     """Put the merged plain `nn.Linear` in place of each `LoRALinear`, return the model.
 
-    ValueError without such a layer, RuntimeError inside a perturbation; nothing is changed then.
+    ValueError without such a layer, otherwise as `LoRALinear.merge`; nothing is changed then.
     """
     merged = {name: layer.merge() for name, layer in _lora_layers(model).items()}
     for name, linear in merged.items():
@@ -280,6 +286,7 @@ def flat_lora_step(
     seed: Seed,
     max_grad_norm: float | None = None,
     keep: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> float:
     """One step on the expected loss (eq. 6): forward and backward at W' + eps, update of A and B at W'.
 
@@ -288,12 +295,16 @@ def flat_lora_step(
     `LoRALinear` in the model, the plain one). `keep` is that of `perturbed`: faster, more so with many
     micro-batches, for one copy of the adapted weights. Returns the loss, which for sigma > 0 is the noisy one.
 
-    ValueError: no batch, or as `perturbed`. FloatingPointError, before the update: loss or gradient not finite.
+    `scaler` scales the loss under float16 autocast, and skips the update where a gradient overflows. Under
+    DistributedDataParallel put the rank into the seed: each rank draws its own eps, one more sample of eq. 6.
+
+    ValueError: no batch, or as `perturbed`. FloatingPointError, before the update: the loss is not finite, or
+    without a scaler the gradient.
     """
     optimizer.zero_grad()
     with perturbed(model, sigma, seed, keep):
-        loss = _mean_loss(model, loss_fn, batches, backward=True)
-    _update(optimizer, max_grad_norm)
+        loss = _mean_loss(model, loss_fn, batches, backward=True, scaler=scaler)
+    _update(optimizer, max_grad_norm, scaler)
     return loss
 
 
@@ -345,8 +356,8 @@ def sharpness(
     """
     _check_nonnegative("sigma", sigma)
     _check_choice("space", space, ("full", "lora"))
-    if not samples >= 1:
-        raise ValueError(f"samples must be at least 1, got {samples!r}")
+    if not (isinstance(samples, int) and samples >= 1):
+        raise ValueError(f"samples must be an integer >= 1, got {samples!r}")
     factors, clean, increase = lora_parameters(model), _mean_loss(model, loss_fn, batches), 0.0
     for sample in range(samples):
         if space == "full":
@@ -472,7 +483,8 @@ def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _check_lora(name: str, base: Any, r: Any, alpha: Any, dropout: Any) -> None:
-    """ValueError unless `base` is a plain nn.Linear, 1 <= r <= min(m, n), alpha > 0 and 0 <= dropout < 1."""
+    """ValueError unless `base` is a plain nn.Linear with a finite weight, 1 <= r <= min(m, n), alpha > 0 and
+    0 <= dropout < 1."""
     if type(base) is not nn.Linear:
         kind = type(base).__name__
         reason = {
@@ -480,6 +492,8 @@ def _check_lora(name: str, base: Any, r: Any, alpha: Any, dropout: Any) -> None:
             "NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads its weight past its forward",
         }.get(kind, "another class may compute something else")
         raise ValueError(f"{name}: must be a plain nn.Linear, got {kind}: {reason}")
+    if not (base.weight.is_meta or base.weight.isfinite().all()):
+        raise ValueError(f"{name}: the weight must be finite")
     limit = min(base.weight.shape)
     if not (isinstance(r, int) and 1 <= r <= limit):
         raise ValueError(f"{name}: r must be an integer from 1 to min(m, n) = {limit}, got {r!r}")
@@ -491,6 +505,8 @@ def _check_lora(name: str, base: Any, r: Any, alpha: Any, dropout: Any) -> None:
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
     """What `inject_lora` chooses from. Conv1D, Hugging Face's GPT-2 layer, is among them to be refused, not skipped."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {model!r}")
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     linears = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     return {name: m for name, m in linears.items() if name and uses[id(m.weight)] == 1}
@@ -511,6 +527,8 @@ def _inject(model: nn.Module, settings: Mapping[str, tuple[int, float, float]]) 
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {model!r}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError("the model has no LoRALinear layer: call inject_lora first")
@@ -569,15 +587,27 @@ def _ascent(points: Sequence[Tensor], rho: float) -> list[Tensor]:
     return [p + g * (rho / norm.clamp_min(1e-12)) for p, g in zip(points, grads)]
 
 
-def _mean_loss(model: nn.Module, loss_fn: LossFn, batches: Batches, backward: bool = False) -> float:
+def _mean_loss(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Batches,
+    backward: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
+) -> float:
     """The mean loss of the micro-batches; with `backward`, its gradient is added to the `.grad`s."""
-    if len(batches) == 0:
-        raise ValueError("batches must hold at least one micro-batch, got none")
+    if not (isinstance(batches, Sequence) and len(batches)):
+        raise ValueError(f"batches must hold at least one micro-batch, in a list or tuple, got {batches!r}")
     losses = []
-    for batch in batches:
-        loss = loss_fn(model, batch) / len(batches)
-        if backward:
-            loss.backward()
+    for i, batch in enumerate(batches):
+        # DistributedDataParallel exchanges gradients in a backward: once a step is enough, with the last micro-batch.
+        no_sync = getattr(model, "no_sync", nullcontext) if i + 1 < len(batches) else nullcontext
+        with no_sync():
+            loss = loss_fn(model, batch)
+            if not (isinstance(loss, Tensor) and loss.numel() == 1):
+                raise ValueError(f"loss_fn must return a tensor of one number, got {loss!r}")
+            loss = loss / len(batches)
+            if backward:
+                (loss if scaler is None else scaler.scale(loss)).backward()
         losses.append(loss.detach())
     mean = float(torch.stack(losses).sum())  # one wait for the device, not one a micro-batch
     if not math.isfinite(mean):
@@ -585,9 +615,19 @@ def _mean_loss(model: nn.Module, loss_fn: LossFn, batches: Batches, backward: bo
     return mean
 
 
-def _update(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
-    if not math.isfinite(norm):
+def _update(
+    optimizer: torch.optim.Optimizer, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None = None
+) -> None:
+    limit = math.inf if max_grad_norm is None else max_grad_norm
+    if not (isinstance(limit, (int, float)) and limit > 0):
+        raise ValueError(f"max_grad_norm must be None or a number > 0, got {max_grad_norm!r}")
+    if scaler is not None:
+        scaler.unscale_(optimizer)  # before the norm is taken
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], limit)
+    if scaler is not None:
+        scaler.step(optimizer)  # no step where a gradient overflowed
+        scaler.update()
+    elif math.isfinite(norm):
+        optimizer.step()
+    else:
         raise FloatingPointError(f"the gradient is not finite: its norm is {float(norm)}")
-    optimizer.step()

@@ -5,6 +5,8 @@
     python train_gpt2.py --text my.txt --ood other.txt    # your own text
     python train_gpt2.py --init gpt2 --text my.txt        # OpenAI's GPT-2
     python train_gpt2.py --sample --adapter out/flat.pt --prompt "def "
+    python train_gpt2.py --resume     # a stopped run goes on, bit for bit
+    torchrun --nproc-per-node 2 -- train_gpt2.py --r 8    # several processes
 
 The bare command pre-trains a small byte-level GPT-2 on the English that every
 Python carries (the reference behind `help()`), once, and fine-tunes it on the
@@ -20,16 +22,22 @@ import argparse
 import copy
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
 import re
+import signal
 import statistics
+import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +45,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from flatlora import (
@@ -52,7 +62,7 @@ from flatlora import (
     sharpness,
     sigma_at,
 )
-from train_toy import environment, report, write_json
+from train_toy import environment, report, write, write_json
 
 TARGETS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 METHODS = ("lora", "flat", "sam", "sam-full", "full")
@@ -76,6 +86,10 @@ INIT_DEFAULTS: dict[str, Any] = {  # with --init, where a step is dear
     "full_lr": 3e-5, "r": 8, "alpha": 16, "sigma": 0.05, "rho": 0.05, "eval_interval": 20, "eval_windows": 32,
     "sharpness_samples": 0, "length": 100,
 }  # fmt: skip
+SHAPING = [  # the options that a run must share with the checkpoint from which it goes on, beside those of its own
+    "batch_size", "grad_accum", "block_size", "warmup", "weight_decay", "clip", "dtype", "r", "alpha", "dropout",
+    "lora_dropout", "sigma", "schedule", "rho", "rho_full",
+]  # fmt: skip
 FIXED_BY_INIT = ["n_layer", "n_head", "n_embd", "pretrain_text", "pretrain_steps", "pretrain_lr"]
 PAIRED = [key for key in METRICS if key.endswith("loss") or key.startswith("sharp")]  # as differences to LoRA
 
@@ -391,6 +405,24 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Inside, Ctrl-C and SIGTERM are noted for the end of the step; a second one stops at once."""
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(
     model: nn.Module,
     method: str,
@@ -402,9 +434,14 @@ def train(
     title: str,
     val: Tensor | None = None,
 ) -> dict[str, float]:
-    """Train in place: "full" everything, the other methods the adapters. The seed fixes the batches and the noise."""
+    """Train in place: "full" everything, the other methods the adapters. The seed fixes the batches and the noise.
+
+    With --resume it goes on from the run's checkpoint. All that a step draws follows from (seed, step, rank), so a
+    checkpoint needs no generator, and the result is that of a run which never stopped.
+    """
     loss_fn = make_loss_fn(args)
-    passes = 0
+    seconds: list[float] = []
+    passes = first = 0
 
     def counted_loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         nonlocal passes
@@ -413,35 +450,63 @@ def train(
 
     parameters = list(model.parameters()) if method == "full" else lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    # All starting places at once, from a generator that no method can disturb.
+    # All starting places at once, from a generator that no method can disturb; each process has its own.
     last = len(data) - args.block_size
-    shape = (steps, args.grad_accum, args.batch_size)
-    starts = torch.randint(last, shape, generator=torch.Generator().manual_seed(seed))
-    model.train()
-    seconds, sigma = [], 0.0
-    bar = tqdm(range(steps), desc=f"{title}, seed {seed}", leave=False)
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr, args.warmup)
-        batches = [windows(data, places, args.block_size, args.device) for places in starts[step]]
-        begin = time.perf_counter()
-        if method in ("sam", "sam-full"):
-            space, rho = ("lora", args.rho) if method == "sam" else ("full", args.rho_full)
-            loss = sam_step(model, counted_loss_fn, batches, optimizer, rho, space, args.clip)
-        else:
-            sigma = sigma_at(step, steps, args.sigma, args.schedule) if method == "flat" else 0.0
-            keep = not args.low_memory
-            loss = flat_lora_step(model, counted_loss_fn, batches, optimizer, sigma, (seed, step), args.clip, keep)
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        if step % 10 == 0:
-            bar.set_postfix_str(f"loss {loss:.3f}, sigma {sigma:.3f}")
-        if val is not None and args.eval_interval and (step + 1) % args.eval_interval == 0:
-            bar.write(f"{title}, seed {seed}, step {step + 1}: validation {evaluate(model.eval(), val, args):.3f}")
-            model.train()
+    shape = (steps, args.world, args.grad_accum, args.batch_size)
+    starts = torch.randint(last, shape, generator=torch.Generator().manual_seed(seed))[:, args.rank]
+    recipe = {name: getattr(args, name) for name in SHAPING} | {"steps": steps, "peak_lr": peak_lr}
+    recipe |= {"processes": args.world, "training data": fingerprint([data])}
+    recipe |= {"base and first adapters": fingerprint(model.parameters())}
+    path = checkpoint_path(title, seed, args)
+    if args.resume and path.exists():
+        first, seconds, passes = resume(path, recipe, model, optimizer)
+        print(f"{title}, seed {seed}: goes on after step {first} of {steps}")
+    elif path.exists():
+        print(f"{title}, seed {seed}: starts anew over {path}, since --resume is not given")
+    net = DistributedDataParallel(model) if args.world > 1 else model
+    net.train()
+    sigma = 0.0
+    bar = tqdm(range(first, steps), desc=f"{title}, seed {seed}", leave=False, initial=first, total=steps)
+    with stop_signals() as noted:
+        for step in bar:
+            torch.manual_seed(int(np.random.SeedSequence([seed, step, args.rank]).generate_state(1)[0]))  # for dropout
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr, args.warmup)
+            batches = [windows(data, places, args.block_size, args.device) for places in starts[step]]
+            begin = time.perf_counter()
+            if method in ("sam", "sam-full"):
+                space, rho = ("lora", args.rho) if method == "sam" else ("full", args.rho_full)
+                loss = sam_step(net, counted_loss_fn, batches, optimizer, rho, space, args.clip)
+            else:
+                sigma = sigma_at(step, steps, args.sigma, args.schedule) if method == "flat" else 0.0
+                draw, keep = (seed, step, args.rank), not args.low_memory
+                loss = flat_lora_step(net, counted_loss_fn, batches, optimizer, sigma, draw, args.clip, keep)
+            if args.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+            if step % 10 == 0:
+                bar.set_postfix_str(f"loss {loss:.3f}, sigma {sigma:.3f}")
+            if val is not None and args.eval_interval and (step + 1) % args.eval_interval == 0:
+                bar.write(f"{title}, seed {seed}, step {step + 1}: validation {evaluate(model.eval(), val, args):.3f}")
+                net.train()
+            stop = any_process(noted, args)
+            if stop or (step + 1) % args.checkpoint_every == 0 or step + 1 == steps:
+                trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+                state = {"trained": trained, "optimizer": optimizer.state_dict(), "recipe": recipe}
+                save(path, {**state, "step": step + 1, "seconds": seconds, "passes": passes}, args)
+            if stop:
+                raise KeyboardInterrupt
     model.eval()
     count = sum(p.numel() for p in parameters)
     return {"ms": 1000 * statistics.median(seconds), "passes": passes / (steps * args.grad_accum), "trainable": count}
+
+
+def any_process(noted: list[int], args: argparse.Namespace) -> bool:
+    """Whether one of the processes is to stop: they do so after the same step."""
+    if args.world == 1:
+        return bool(noted)
+    stop = torch.tensor(len(noted), device=args.device)
+    dist.all_reduce(stop)
+    return bool(stop)
 
 
 def at_once(model: nn.Module, args: argparse.Namespace) -> int:
@@ -462,45 +527,92 @@ def evaluate(model: nn.Module, data: Tensor, args: argparse.Namespace) -> float:
 # ---- Base and adapters ---------------------------------------------------------------------------------------
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Written beside and renamed, so that a kill at any moment leaves a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+def save(path: Path, content: dict[str, Any], args: argparse.Namespace) -> None:
+    if args.rank == 0:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write(path, buffer.getvalue())
 
 
-def load(path: Path, keys: set[str], device: torch.device) -> dict[str, Any]:
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file, truncated, of another kind or made to harm: one clear error."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        yield
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of this script: {type(error).__name__}") from None
-    if not isinstance(content, dict) or content.keys() != keys:
-        raise ValueError(f"{path} is not a checkpoint of this script: it must hold {', '.join(sorted(keys))}")
+        words = f"{type(error).__name__}, {error}".splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of this script: {words}") from None
+
+
+def load(path: Path, keys: set[str], device: torch.device) -> dict[str, Any]:
+    with reading(path):
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"its part {broken} is damaged")
+        content = torch.load(path, map_location=device, weights_only=True)  # runs no code of the file
+        if not isinstance(content, dict) or content.keys() != keys:
+            raise ValueError(f"it must hold {', '.join(sorted(keys))}")
     return content
 
 
 def load_base(path: Path, device: torch.device) -> GPT:
     content = load(path, {"config", "model"}, device)
-    model = GPT(GPTConfig(**content["config"])).to(device)
-    model.load_state_dict(content["model"])
+    with reading(path):
+        model = GPT(GPTConfig(**content["config"])).to(device)
+        model.load_state_dict(content["model"])
     return model.eval()
+
+
+def checkpoint_path(title: str, seed: int, args: argparse.Namespace) -> Path:
+    return args.out / f"checkpoint-{title}-{seed}.pt"
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Tells data and weights apart: a hash of shapes and of up to 65,536 evenly spread numbers of each tensor."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        numbers = tensor.detach().flatten()[:: 1 + tensor.numel() // 2**16]
+        digest.update(repr(tuple(tensor.shape)).encode() + numbers.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def resume(
+    path: Path, recipe: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[float], int]:
+    """Put a checkpoint back: the step after which it was taken, the seconds of each step and the passes so far."""
+    keys = {"trained", "optimizer", "recipe", "step", "seconds", "passes"}
+    saved = load(path, keys, next(model.parameters()).device)
+    with reading(path):
+        then = dict(saved["recipe"])
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        check_fit("its numbers", {name: p.shape for name, p in trained.items()}, saved["trained"])
+    changes = [f"{k.replace('_', '-')} was {then.get(k)}, is {v}" for k, v in recipe.items() if then.get(k) != v]
+    if changes:
+        raise ValueError(f"{path} is of another run ({'; '.join(changes)}): give its options, or another --out")
+    with reading(path), torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(saved["trained"][name])
+        optimizer.load_state_dict(saved["optimizer"])
+        return int(saved["step"]), list(saved["seconds"]), int(saved["passes"])
 
 
 def pretrained(config: GPTConfig, data: Tensor, args: argparse.Namespace) -> tuple[GPT, str]:
     """The base and its file name, made of all that shapes the base, so that only an equal one is reused."""
     recipe = [asdict(config), args.pretrain_steps, args.pretrain_lr, args.batch_size, args.grad_accum, args.warmup]
-    recipe += [args.weight_decay, args.clip, args.dtype, hashlib.sha256(data.numpy().tobytes()).hexdigest()]
+    recipe += [args.weight_decay, args.clip, args.dtype, args.world, hashlib.sha256(data.numpy().tobytes()).hexdigest()]
+    checkpoint = checkpoint_path("pre-train", 0, args)
     path = args.out / f"base-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}.pt"
     if path.exists():
         print(f"base: {path}")
+        checkpoint.unlink(missing_ok=True)  # left by a kill just after the base was saved
         return load_base(path, args.device), path.name
     torch.manual_seed(0)
     model = GPT(config).to(args.device)
     train(model, "full", data, args.pretrain_steps, args.pretrain_lr, 0, args, "pre-train")
-    save(path, {"config": asdict(config), "model": model.state_dict()})
+    save(path, {"config": asdict(config), "model": model.state_dict()}, args)
+    checkpoint.unlink(missing_ok=True)
     print(f"base: {path}, pre-trained")
     return model, path.name
 
@@ -560,14 +672,16 @@ def sample(args: argparse.Namespace) -> None:
     if args.adapter is None or not args.prompt:
         raise ValueError("--sample needs --adapter FILE and --prompt TEXT, the text not empty")
     content = load(args.adapter, {"base", "r", "alpha", "adapters"}, args.device)
-    init = args.init or (None if content["base"].endswith(".pt") else content["base"])
+    with reading(args.adapter):
+        init = args.init or (None if content["base"].endswith(".pt") else content["base"])
     if init:
         model = load_gpt2(init, gpt2_config(init, 0.0), args.device)
     else:
         model = load_base(args.adapter.parent / content["base"], args.device)
     encode, decode = tokenizer(init)
-    inject_lora(model, content["r"], content["alpha"], targets=TARGETS)
-    load_lora_state_dict(model, content["adapters"])
+    with reading(args.adapter):
+        inject_lora(model, content["r"], content["alpha"], targets=TARGETS)
+        load_lora_state_dict(model, content["adapters"])
     show_samples({args.adapter.stem: model}, encode(args.prompt.encode()), decode, args)
 
 
@@ -585,6 +699,9 @@ def compare(args: argparse.Namespace) -> None:
     text = not (args.init and args.data) or args.ood or args.prompt
     encode, decode = tokenizer(args.init) if text else (list, None)
     data = load_data(args, config.vocab_size, encode)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out, os.W_OK):
+        raise ValueError(f"--out must be a folder that can be written, got {args.out}")
     if args.init:
         base, base_name = load_gpt2(args.init, config, args.device), args.init
     else:
@@ -602,13 +719,15 @@ def compare(args: argparse.Namespace) -> None:
                 models[method] = model
                 if method != "full":
                     content = {"base": base_name, "r": args.r, "alpha": args.alpha, "adapters": lora_state_dict(model)}
-                    save(args.out / f"{method}.pt", content)
-                    if args.peft:
+                    save(args.out / f"{method}.pt", content, args)
+                    if args.peft and args.rank == 0:
                         save_peft(model, args.out / method, args.init, fan_in_fan_out=True)
         lora_ms = next((run["ms"] for run in runs if run["seed"] == seed and run["method"] == "lora"), None)
         for result in runs:
             if result["seed"] == seed and "ms" in result:
                 result["time"] = result["ms"] / lora_ms if lora_ms else None
+    if args.rank:
+        return
     summary = report(runs, methods, METRICS, PAIRED)
     samples = {}
     if decode:
@@ -618,6 +737,9 @@ def compare(args: argparse.Namespace) -> None:
     options = {key: str(value) for key, value in vars(args).items()}
     content = {"config": options, "environment": environment(), "summary": summary, "runs": runs, "samples": samples}
     write_json(args.out / "results.json", content)
+    for method in methods:
+        for seed in range(args.seeds):
+            checkpoint_path(method, seed, args).unlink(missing_ok=True)
     print(f"\nAll numbers: {args.out / 'results.json'}; adapters: {args.out}/METHOD.pt")
 
 
@@ -630,6 +752,8 @@ def main() -> None:
     add("--device", default="auto", help="cpu, cuda or auto (auto)")
     add("--dtype", help="float32, or bfloat16 for autocast (float32; with --init on a GPU bfloat16)")
     add("--out", type=Path, default=Path("out"), help="folder for base, adapters and results.json (out)")
+    add("--resume", action="store_true", help="go on from the checkpoints of a stopped run with the same options")
+    add("--checkpoint-every", type=int, default=50, help="steps between checkpoints; Ctrl-C takes one too (50)")
     add = parser.add_argument_group("data").add_argument
     add("--text", type=Path, nargs="+", metavar="FILE", help="fine-tune on these (sources of the email package)")
     add("--ood", type=Path, nargs="+", metavar="FILE", help="out-of-domain test (sources of the asyncio package)")
@@ -685,12 +809,18 @@ def main() -> None:
         sample(args) if args.sample else compare(args)
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         raise SystemExit(f"train_gpt2.py: {error}") from None
+    except KeyboardInterrupt:
+        print("\ntrain_gpt2.py: stopped; the same command with --resume goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def check(args: argparse.Namespace) -> None:
     """The options that nothing else checks; turns --device into a torch.device."""
     counts = ["seeds", "train_bytes", "eval_windows", "n_layer", "n_head", "n_embd", "block_size", "pretrain_steps"]
-    counts += ["steps", "batch_size", "grad_accum", "length", "top_k"]
+    counts += ["steps", "batch_size", "grad_accum", "length", "top_k", "checkpoint_every"]
     positive = ["pretrain_lr", "lr", "full_lr", "clip", "temperature"]
     natural = ["warmup", "weight_decay", "rho", "rho_full", "sharpness_sigma", "sharpness_samples", "eval_interval"]
     for names, holds, words in (
@@ -719,6 +849,15 @@ def check(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
     args.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    if args.world > 1:
+        if args.device.type == "cuda":
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if args.rank:  # only the first process writes and speaks
+        sys.stdout = io.StringIO()
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     args.dtype = args.dtype or ("bfloat16" if args.init and args.device.type == "cuda" else "float32")
 
 

@@ -207,11 +207,22 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written beside and renamed, so that an interrupted run leaves the earlier file whole."""
+    write(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Written beside, flushed and renamed: a kill or a full disk at any moment leaves the earlier file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 # ---- The landscape and the command line ----------------------------------------------------------------------

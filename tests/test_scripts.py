@@ -421,6 +421,14 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
             call()
 
 
+def test_every_test_that_the_readme_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text()))
+    defined = {
+        name for file in ROOT.glob("tests/test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    assert len(named) > 15 and named <= defined
+
+
 @pytest.mark.parametrize("file", ["flatlora.py", "train_toy.py", "train_gpt2.py"])
 def test_nothing_beyond_torch_numpy_and_tqdm_is_imported(file):
     """Not on top, that is: the extras are imported inside the functions that need them."""

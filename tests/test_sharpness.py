@@ -69,7 +69,7 @@ def test_it_changes_nothing_and_is_zero_without_noise(space):
     ("arguments", "words"),
     [
         ({"sigma": -1}, "sigma must be"),
-        ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 0}, "samples must be an integer >= 1"),
         ({"space": "A"}, "space must be one of full, lora"),
         ({"seed": -1}, "seed must be"),
         ({"batches": []}, "batches must hold"),
