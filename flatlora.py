@@ -246,7 +246,7 @@ def _noisy(weight: Tensor, std: Tensor, seed: int, scratch: Tensor | None = None
     """W + eps, (m, n), added in float32 and rounded once to the dtype of W.
 
     Drawing the normals is most of what Flat-LoRA costs on a CPU. There all but small layers look them up in a
-    table, 16 random bits a number, three times as fast as torch's `normal_`: in blocks of rows, so that the table
+    table, 16 random bits a number, in a half to a third of the time of `normal_`: in blocks of rows, so that the table
     stays in the cache and no second (m, n) is made, and into `scratch`, since fresh memory is slow too.
     """
     by_table = weight.device.type == "cpu" and weight.numel() >= 2**15

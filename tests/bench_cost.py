@@ -135,7 +135,9 @@ def times(args: argparse.Namespace, title: str) -> dict[str, Any]:
     rounds: list[dict[str, float]] = []
     begin = time.perf_counter()
     with tqdm(total=args.seconds, desc=title, leave=False, bar_format="{l_bar}{bar}|") as bar:
-        while len(rounds) < 4 or (time.perf_counter() - begin < args.seconds and len(rounds) < 100):
+        while len(rounds) < (9 if args.full else 4) or (
+            time.perf_counter() - begin < args.seconds and len(rounds) < 100
+        ):
             turn = len(rounds) % len(METHODS)  # nobody is always first
             seconds = {}
             for method in [*METHODS][turn:] + [*METHODS][:turn]:
