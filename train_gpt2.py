@@ -542,7 +542,7 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:
-        words = f"{type(error).__name__}, {error}".splitlines()[0]
+        words = (str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}").split("\n")[0]
         raise ValueError(f"{path} is not a checkpoint of this script: {words}") from None
 
 

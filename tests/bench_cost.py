@@ -217,7 +217,29 @@ def drift(method: str, dtype: torch.dtype, steps: int) -> float:
     return float((after - before).norm() / before.norm())
 
 
-# ---- Command line --------------------------------------------------------------------------------------------
+# ---- Tables and the command line -----------------------------------------------------------------------------
+
+
+def memory_table(found: dict[str, Any]) -> str:
+    largest = 4 * 4 * int(found["options"]["width"]) ** 2
+    head = ["", *(f"{key}, depth {depth}" for depth in found["memory"] for key in ("peak", "stored"))]
+    rows = [
+        [name]
+        + [f"{by[m][key] / largest:.2f}" for by in found["memory"].values() for key in ("peak", "stored")]
+        + [f"{value:.0e}" if value else "0" for value in found["drift"][m].values()]
+        for m, name in METHODS.items()
+    ]
+    return (
+        f"Memory above LoRA's at the peak, and stored from forward to backward; the largest adapted weight,\n"
+        f"{largest / 2**20:.1f} MiB, is 1. Relative drift of the frozen weights after {found['drift_steps']} steps.\n\n"
+    ) + table([*head, "drift, fp32", "drift, bf16"], rows)
+
+
+def time_table(found: dict[str, Any], axis: str) -> str:
+    cells = found["time"][axis]
+    rows = [["LoRA, ms", *(f"{cell['lora_ms']:.0f}" for cell in cells.values())]]
+    rows += [[METHODS[m], *(f"{cell[m]['median']:.2f}" for cell in cells.values())] for m in METHODS]
+    return f"Time of a step / LoRA's\n\n{table([axis.replace('_', '-'), *map(str, cells)], rows)}"
 
 
 def main() -> None:
@@ -248,24 +270,14 @@ def main() -> None:
     if args.axes is not None:
         axes = {axis: AXES[axis] for axis in args.axes} or {"tokens": (args.tokens,)}
     options = {key: str(value) for key, value in vars(args).items()}
-    found: dict[str, Any] = {"environment": environment(), "options": options, "time": {}}
+    steps = 1000 if args.full else 100
+    found: dict[str, Any] = {"environment": environment(), "options": options, "drift_steps": steps, "time": {}}
 
     # First, while this process is small: a new one counts the memory of the one it comes from.
     found["memory"] = {depth: memory(args, depth) for depth in ((1, 4) if args.full else (1,))}
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    steps = 1000 if args.full else 100
     found["drift"] = {m: {name: drift(m, dtype, steps) for name, dtype in dtypes.items()} for m in METHODS}
-    largest = 4 * 4 * args.width**2
-    head = [f"{key}, depth {depth}" for depth in found["memory"] for key in ("peak", "stored")]
-    rows = [
-        [name]
-        + [f"{by[m][key] / largest:.2f}" for by in found["memory"].values() for key in ("peak", "stored")]
-        + [f"{value:.0e}" if value else "0" for value in found["drift"][m].values()]
-        for m, name in METHODS.items()
-    ]
-    print(f"\nMemory above LoRA's, the largest adapted weight ({largest / 2**20:.1f} MiB) being 1: at the peak, and")
-    print(f"stored from forward to backward. Relative drift of the frozen weights after {steps} steps.\n")
-    print(table(["", *head, "drift, fp32", "drift, bf16"], rows))
+    print(f"\n{memory_table(found)}")
 
     done: dict[str, Any] = {}  # the axes cross in one cell
     for axis, values in axes.items():
@@ -274,10 +286,7 @@ def main() -> None:
             if str(cell) not in done:
                 done[str(cell)] = times(cell, f"{axis.replace('_', '-')} {value}")
             found["time"].setdefault(axis, {})[value] = done[str(cell)]
-        cells = found["time"][axis].values()
-        rows = [["LoRA, ms", *(f"{cell['lora_ms']:.0f}" for cell in cells)]]
-        rows += [[METHODS[m], *(f"{cell[m]['median']:.2f}" for cell in cells)] for m in METHODS]
-        print(f"\nTime of a step / LoRA's\n\n{table([axis.replace('_', '-'), *map(str, values)], rows)}")
+        print(f"\n{time_table(found, axis)}")
     write_json(args.out / "cost.json", found)
     print(f"\nAll numbers: {args.out / 'cost.json'}")
 
