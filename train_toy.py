@@ -228,6 +228,15 @@ def write(path: Path, content: bytes) -> None:
 # ---- The landscape and the command line ----------------------------------------------------------------------
 
 
+def landscape(runs: list[dict[str, Any]], methods: list[str]) -> dict[str, dict[str, list[float]]]:
+    """The curves of `chart`: the mean rise over the seeds."""
+    spaces = {"LoRA space": "landscape_lora", "full space": "landscape_full"}
+    return {
+        space: {m: [statistics.fmean(at) for at in zip(*(r[key] for r in runs if r["method"] == m))] for m in methods}
+        for space, key in spaces.items()
+    }
+
+
 def chart(curves: dict[str, dict[str, list[float]]], height: int = 12) -> str:
     """Rise of the loss, curves[space][method] over STRENGTHS: a panel a space, one scale, a letter a method. Falls
     stand at 0."""
@@ -321,11 +330,8 @@ def run(args: argparse.Namespace) -> None:
                 runs[-1]["time"] = runs[-1]["ms"] / lora[0]["ms"] if lora else None
                 bar.update()
     summary = report(runs, methods, METRICS, list(METRICS)[:-1])
-    curves = {
-        space: {m: [statistics.fmean(c) for c in zip(*(r[key] for r in runs if r["method"] == m))] for m in methods}
-        for space, key in (("LoRA space", "landscape_lora"), ("full space", "landscape_full"))
-    }
-    print(f"\nLandscape, the rise of the training loss under random noise ({', '.join(methods)}):\n\n{chart(curves)}")
+    drawing = chart(landscape(runs, methods))
+    print(f"\nLandscape, the rise of the training loss under random noise ({', '.join(methods)}):\n\n{drawing}")
     if "lora" in methods:
         print(f"\n{verdict(runs)}")
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import resource
 import statistics
 import subprocess
@@ -135,7 +136,7 @@ def times(args: argparse.Namespace, title: str) -> dict[str, Any]:
     rounds: list[dict[str, float]] = []
     begin = time.perf_counter()
     with tqdm(total=args.seconds, desc=title, leave=False, bar_format="{l_bar}{bar}|") as bar:
-        while len(rounds) < (9 if args.full else 4) or (
+        while len(rounds) < (8 if args.full else 6) or (
             time.perf_counter() - begin < args.seconds and len(rounds) < 100
         ):
             turn = len(rounds) % len(METHODS)  # nobody is always first
@@ -197,9 +198,10 @@ def memory(args: argparse.Namespace, depth: int) -> dict[str, dict[str, int]]:
     for method in tqdm(METHODS, desc=f"memory, {depth} block(s)", leave=False):
         options = [f"--{name}={getattr(args, name)}" for name in ("device", "width", "r", "threads")]
         options += [f"--depth={depth}", "--tokens=256", "--context=256", f"--memory-of={method}"]
-        command = [sys.executable, __file__, *options]  # three times: what the allocator adds to a peak varies
-        runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(3)]
-        sizes[method] = {key: min(run[key] for run in runs) for key in ("peak", "stored")}
+        # With this threshold glibc gives memory back at once, so that the peak is that of what is in use.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        command = [sys.executable, __file__, *options]
+        sizes[method] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
     return {m: {key: value - sizes["lora"][key] for key, value in by.items()} for m, by in sizes.items()}
 
 
@@ -248,7 +250,7 @@ def main() -> None:
     add = parser.add_argument
     add("--full", action="store_true", help="every axis, and more rounds")
     add("--axes", nargs="*", choices=AXES, help="only these axes, in full; none: only the values below")
-    add("--seconds", type=float, help="rounds go on so long for each cell (5, with --full 40)")
+    add("--seconds", type=float, help="rounds go on so long for each cell (5, with --full 30)")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--autocast", action="store_true", help="bfloat16 autocast")
     add("--width", type=int, default=768, help="(768)")
@@ -265,7 +267,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         print(json.dumps({"peak": peak(args.memory_of, args), "stored": stored(args.memory_of, args)}))
         return
-    args.seconds = args.seconds or (40 if args.full else 5)
+    args.seconds = args.seconds or (30 if args.full else 5)
     axes = AXES if args.full else QUICK
     if args.axes is not None:
         axes = {axis: AXES[axis] for axis in args.axes} or {"tokens": (args.tokens,)}

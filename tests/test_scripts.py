@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_cost
 import numpy as np
 import pytest
 import torch
@@ -419,6 +420,19 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     for call in (lambda: read_safetensors(tmp_path / "x"), lambda: train_gpt2.tokenizer("gpt2")):
         with pytest.raises(ImportError, match=r'is not installed: pip install -e "\.\[gpt2\]"'):
             call()
+
+
+def test_every_number_of_the_readmes_tables_is_in_the_json_of_its_run(capsys):
+    readme, methods = (ROOT / "README.md").read_text(), ["lora", "flat", "sam"]
+    toy, gpt2, cost = (json.loads((ROOT / "assets" / f"{n}.json").read_text()) for n in ("toy", "gpt2", "cost"))
+    train_toy.report(toy["runs"], methods, train_toy.METRICS, list(train_toy.METRICS)[:-1])
+    print(f"\n{train_toy.chart(train_toy.landscape(toy['runs'], methods))}\n\n{train_toy.verdict(toy['runs'])}\n")
+    train_toy.report(gpt2["runs"], ["base", *methods], train_gpt2.METRICS, train_gpt2.PAIRED)
+    print(f"\n{bench_cost.memory_table(cost)}")
+    for axis in cost["time"]:
+        print(f"\n{bench_cost.time_table(cost, axis)}")
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+    assert len(blocks) > 20 and all(block.strip("\n") in readme for block in blocks)
 
 
 def test_every_test_that_the_readme_names_exists():
