@@ -88,7 +88,7 @@ INIT_DEFAULTS: dict[str, Any] = {  # with --init, where a step is dear
 }  # fmt: skip
 SHAPING = [  # the options that a run must share with the checkpoint from which it goes on, beside those of its own
     "batch_size", "grad_accum", "block_size", "warmup", "weight_decay", "clip", "dtype", "r", "alpha", "dropout",
-    "lora_dropout", "sigma", "schedule", "rho", "rho_full",
+    "lora_dropout", "sigma", "schedule", "rho", "rho_full", "eval_interval",
 ]  # fmt: skip
 FIXED_BY_INIT = ["n_layer", "n_head", "n_embd", "pretrain_text", "pretrain_steps", "pretrain_lr"]
 PAIRED = [key for key in METRICS if key.endswith("loss") or key.startswith("sharp")]  # as differences to LoRA
@@ -441,6 +441,7 @@ def train(
     """
     loss_fn = make_loss_fn(args)
     seconds: list[float] = []
+    best = [math.inf, 0]  # lowest validation loss and its step
     passes = first = 0
 
     def counted_loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -459,7 +460,7 @@ def train(
     recipe |= {"base and first adapters": fingerprint(model.parameters())}
     path = checkpoint_path(title, seed, args)
     if args.resume and path.exists():
-        first, seconds, passes = resume(path, recipe, model, optimizer)
+        first, seconds, passes, best = resume(path, recipe, model, optimizer)
         print(f"{title}, seed {seed}: goes on after step {first} of {steps}")
     elif path.exists():
         print(f"{title}, seed {seed}: starts anew over {path}, since --resume is not given")
@@ -486,18 +487,20 @@ def train(
             if step % 10 == 0:
                 bar.set_postfix_str(f"loss {loss:.3f}, sigma {sigma:.3f}")
             if val is not None and args.eval_interval and (step + 1) % args.eval_interval == 0:
-                bar.write(f"{title}, seed {seed}, step {step + 1}: validation {evaluate(model.eval(), val, args):.3f}")
+                best = min(best, now := [evaluate(model.eval(), val, args), step + 1])
+                bar.write(f"{title}, seed {seed}, step {step + 1}: validation {now[0]:.3f}, best {best[0]:.3f}")
                 net.train()
             stop = any_process(noted, args)
             if stop or (step + 1) % args.checkpoint_every == 0 or step + 1 == steps:
                 trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
                 state = {"trained": trained, "optimizer": optimizer.state_dict(), "recipe": recipe}
-                save(path, {**state, "step": step + 1, "seconds": seconds, "passes": passes}, args)
+                save(path, {**state, "step": step + 1, "seconds": seconds, "passes": passes, "best": best}, args)
             if stop:
                 raise KeyboardInterrupt
     model.eval()
     count = sum(p.numel() for p in parameters)
-    return {"ms": 1000 * statistics.median(seconds), "passes": passes / (steps * args.grad_accum), "trainable": count}
+    cost = {"ms": 1000 * statistics.median(seconds), "passes": passes / (steps * args.grad_accum), "trainable": count}
+    return cost | ({"best_val_loss": best[0], "best_val_step": best[1]} if best[1] else {})
 
 
 def any_process(noted: list[int], args: argparse.Namespace) -> bool:
@@ -580,9 +583,9 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 def resume(
     path: Path, recipe: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, list[float], int]:
-    """Put a checkpoint back: the step after which it was taken, the seconds of each step and the passes so far."""
-    keys = {"trained", "optimizer", "recipe", "step", "seconds", "passes"}
+) -> tuple[int, list[float], int, list[Any]]:
+    """Put a checkpoint back; returns its step, the seconds of each step, the passes and the best validation so far."""
+    keys = {"trained", "optimizer", "recipe", "step", "seconds", "passes", "best"}
     saved = load(path, keys, next(model.parameters()).device)
     with reading(path):
         then = dict(saved["recipe"])
@@ -595,7 +598,7 @@ def resume(
         for name, p in trained.items():
             p.copy_(saved["trained"][name])
         optimizer.load_state_dict(saved["optimizer"])
-        return int(saved["step"]), list(saved["seconds"]), int(saved["passes"])
+        return int(saved["step"]), list(saved["seconds"]), int(saved["passes"]), list(saved["best"])
 
 
 def pretrained(config: GPTConfig, data: Tensor, args: argparse.Namespace) -> tuple[GPT, str]:
@@ -783,7 +786,7 @@ def main() -> None:
     add("--warmup", type=int, default=20, help="steps of linear warm-up (20)")
     add("--weight-decay", type=float, default=0.0, help="AdamW's (0)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (1)")
-    add("--eval-interval", type=int, default=0, help="print the validation loss after each so many steps (0: never)")
+    add("--eval-interval", type=int, default=0, help="steps between evaluations on validation data (0: none)")
     add("--r", type=int, default=16, help="rank of the adapters (16)")
     add("--alpha", type=float, default=32, help="their scaling is alpha / r (32)")
     add("--lora-dropout", type=float, default=0.0, help="on the input of the adapters (0)")

@@ -45,6 +45,7 @@ TINY += ["--batch-size", "2", "--grad-accum", "2", "--r", "2", "--eval-windows",
 TINY += ["--length", "4"]
 LONG = [*TINY, "--steps", "40", "--methods", "lora", "flat", "sam", "full", "--checkpoint-every", "1"]
 LONG += ["--dropout", "0.1", "--lora-dropout", "0.1"]  # so that the global generators count too
+LONG += ["--eval-interval", "10"]
 
 
 def sgd(model, lr=0.1):
@@ -72,6 +73,7 @@ def outcome(folder):
     assert left == ["flat.pt", "lora.pt", "results.json", "sam.pt"]  # no checkpoint, no temporary file
     results = json.loads((out / "results.json").read_text())
     runs = [{k: v for k, v in run.items() if k not in ("ms", "time")} for run in results["runs"]]
+    assert all(run["best_val_step"] in (10, 20, 30, 40) for run in runs if run["method"] != "base")
     adapters = [torch.load(out / f"{m}.pt", weights_only=True)["adapters"] for m in ("lora", "flat", "sam")]
     return runs, results["samples"], [(k, v.tolist()) for state in adapters for k, v in state.items()]
 
@@ -142,7 +144,7 @@ train_gpt2.main()
 """
 
 
-@pytest.mark.parametrize(("function", "call"), [("fsync", 10), ("replace", 80)])
+@pytest.mark.parametrize(("function", "call"), [("fsync", 10), pytest.param("replace", 80, marks=pytest.mark.slow)])
 def test_a_kill_within_a_write_loses_nothing(tmp_path, uninterrupted, function, call):
     process = start(tmp_path, *LONG, code=KILLED_IN_A_WRITE.format(function, call))
     process.communicate(timeout=120)
@@ -330,21 +332,27 @@ def test_the_script_gives_each_process_its_batches_and_its_noise(tmp_path, monke
     torch.testing.assert_close(saved, lora_state_dict(model), rtol=1e-3, atol=1e-6)  # Adam enlarges rounding
 
 
-def test_the_script_in_two_processes_speaks_once_and_goes_on_as_well(tmp_path):
-    options = [SCRIPT, *TINY, "--steps", "6", "--methods", "lora", "flat", "--lora-dropout", "0.1"]
-    printed = torchrun(tmp_path, *options)
+TWO = [SCRIPT, *TINY, "--steps", "6", "--methods", "lora", "flat", "--lora-dropout", "0.1"]
+
+
+def test_of_two_processes_one_speaks_and_writes(tmp_path):
+    printed = torchrun(tmp_path, *TWO)
     assert printed.count("Results") == printed.count("base: out") == 1
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["config"]["world"] == "2"
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["config"]["world"] == "2"
+
+
+@pytest.mark.slow
+def test_two_processes_stop_after_the_same_step_and_go_on(tmp_path):
+    torchrun(tmp_path, *TWO)
     whole = torch.load(tmp_path / "out" / "flat.pt", weights_only=True)["adapters"]
-    # Stopped after step 3 by hand: a checkpoint as of then, and the same end.
-    code = "import train_gpt2\nreal = train_gpt2.any_process\ncalls = iter(range(10**6))\n"
-    code += "train_gpt2.any_process = lambda *a: real(*a) or next(calls) == 8\ntrain_gpt2.main()\n"
+    # The second process alone is told to stop, in the third step of the second method.
+    code = "import sys\nimport train_gpt2\nreal, steps = train_gpt2.any_process, iter(range(100))\n"
+    code += "def told(noted, args):\n    return real([1] if next(steps) == 8 and args.rank else [], args)\n"
+    code += "train_gpt2.any_process = told\ntrain_gpt2.main()\n"
     (tmp_path / "stopping.py").write_text(code)
-    shutil.rmtree(tmp_path / "out" / "lora.pt", ignore_errors=True)
     with pytest.raises(AssertionError, match="stopped; the same command with --resume goes on"):
-        torchrun(tmp_path, "stopping.py", *options[1:])
-    assert "flat, seed 0: goes on after step 3 of 6" in torchrun(tmp_path, *options, "--resume")
+        torchrun(tmp_path, "stopping.py", *TWO[1:])
+    assert "flat, seed 0: goes on after step 3 of 6" in torchrun(tmp_path, *TWO, "--resume")
     again = torch.load(tmp_path / "out" / "flat.pt", weights_only=True)["adapters"]
     assert all(torch.equal(p, again[key]) for key, p in whole.items())
 
