@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import hashlib
 import importlib.util
 import io
@@ -817,6 +818,7 @@ def main() -> None:
         raise SystemExit(130) from None
     finally:
         if dist.is_initialized():
+            gc.collect()  # a DistributedDataParallel still alive keeps gloo's threads, which must not outlive Python
             dist.destroy_process_group()
 
 
