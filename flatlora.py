@@ -9,7 +9,8 @@ W' = W + s B A, where s = alpha / r. Flat-LoRA minimises the expected loss under
     min over A, B of  E[ L(W + s B A + eps) ],    eps_ij ~ N(0, sigma^2 |W'_i|^2 / n)    (eq. 6, eq. 7)
 
 with one sample of eps a step. A row W'_i is a "filter": scaled by its norm, the noise changes every row by a
-fraction sigma of itself. eps is never stored: it is made from a seed when a product needs it, then dropped.
+fraction sigma of itself. eps is not stored: it is made from a seed when a product needs it, then dropped, unless
+`keep` asks for a copy of the noisy weights in exchange for time.
 
     model = inject_lora(model, r=8, alpha=16, targets=["c_attn", "c_proj"])
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)

@@ -1,6 +1,6 @@
 """Fine-tune a GPT-2 with LoRA, Flat-LoRA and SAM, side by side.
 
-    python train_gpt2.py              # all of it, from nothing: no network, no file
+    python train_gpt2.py              # all of it: no network, no file needed
     python train_gpt2.py --seeds 5    # the same with paired 95 % intervals
     python train_gpt2.py --text my.txt --ood other.txt    # your own text
     python train_gpt2.py --init gpt2 --text my.txt        # OpenAI's GPT-2

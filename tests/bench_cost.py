@@ -1,12 +1,16 @@
-"""What flatness costs: a step of LoRA, Flat-LoRA, its add-and-subtract form, and SAM in both spaces, side by side.
+"""What flatness costs: a step of LoRA, Flat-LoRA, its add-and-subtract form, and
+SAM in both spaces, side by side.
 
     python tests/bench_cost.py            # under two minutes on 2 CPU cores
     python tests/bench_cost.py --full     # every axis, under twenty
-    python tests/bench_cost.py --device cuda --autocast --depth 12 --context 1024 --tokens 8192 --axes
+    python tests/bench_cost.py --device cuda --autocast --depth 12 \\
+        --context 1024 --tokens 8192 --axes
 
-The model is a stack of GPT-2 blocks, a copy with the same weights, adapters and data for each method. A round times
-one step of each in turn; shown is the median over rounds of the ratio to LoRA's step in the same round. Memory is that
-of a process of its own for each method (on CUDA the allocator's), less LoRA's. Everything goes to out/cost.json too.
+The model is a stack of GPT-2 blocks, a copy with the same weights, adapters and
+data for each method. A round times one step of each in turn; shown is the
+median over rounds of the ratio to LoRA's step in the same round. Memory is that of a
+process of its own for each method (on CUDA the allocator's), less LoRA's.
+Everything goes to out/cost.json too.
 """
 
 from __future__ import annotations
@@ -232,8 +236,9 @@ def memory_table(found: dict[str, Any]) -> str:
         for m, name in METHODS.items()
     ]
     return (
-        f"Memory above LoRA's at the peak, and stored from forward to backward; the largest adapted weight,\n"
-        f"{largest / 2**20:.1f} MiB, is 1. Relative drift of the frozen weights after {found['drift_steps']} steps.\n\n"
+        "Memory above LoRA's at the peak, and stored from forward to backward, with the\n"
+        f"largest adapted weight, {largest / 2**20:.1f} MiB, as 1. "
+        f"Relative drift of W after {found['drift_steps']} steps.\n\n"
     ) + table([*head, "drift, fp32", "drift, bf16"], rows)
 
 
