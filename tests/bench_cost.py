@@ -8,8 +8,8 @@ SAM in both spaces, side by side.
 
 The model is a stack of GPT-2 blocks, a copy with the same weights, adapters and
 data for each method. A round times one step of each in turn; shown is the
-median over rounds of the ratio to LoRA's step in the same round. Memory is that of a
-process of its own for each method (on CUDA the allocator's), less LoRA's.
+median over rounds of the ratio to LoRA's step in the same round. Memory is that
+of a process of its own for each method (on CUDA the allocator's), less LoRA's.
 Everything goes to out/cost.json too.
 """
 
