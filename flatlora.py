@@ -43,6 +43,7 @@ from torch import Tensor, nn
 Seed = int | Sequence[Any]  # an int >= 0, or a (nested) sequence of them, such as (run, step)
 Batches = Sequence[Any]  # the micro-batches of one step, each what loss_fn takes
 LossFn = Callable[[nn.Module, Any], Tensor]  # loss_fn(model, batch) -> scalar, a mean over the batch
+Law = Callable[["LoRALinear", float], Tensor]  # law(layer, sigma) -> std of the noise of each row, (m, 1)
 
 # ---- LoRA ----------------------------------------------------------------------------------------------------
 
@@ -194,13 +195,14 @@ def sigma_at(step: int, total_steps: int, sigma: float, schedule: str = "cosine"
 
 
 @contextmanager
-def perturbed(model: nn.Module, sigma: float, seed: Seed, keep: bool = False) -> Iterator[None]:
+def perturbed(model: nn.Module, sigma: float, seed: Seed, keep: bool = False, law: Law | None = None) -> Iterator[None]:
     """Inside, every `LoRALinear` computes (W' + eps) x, with eps drawn by eq. 7 from W' as it is on entry.
 
     eps depends on (seed, layer) only: the same in every forward and backward inside, independent between layers
     and seeds, and drawn from generators of its own. W is not written: each product forms W + eps and drops it.
     With `keep` W + eps is made once, on entry, and kept inside: a copy of the adapted weights buys one draw
     instead of two for each forward and backward. The numbers are the same.
+    `law(layer, sigma)` puts other stds, (m, 1), in place of those of eq. 7; with their negatives eps is mirrored.
     A backward under activation checkpointing runs the forward again, so it belongs inside as well.
 
     ValueError: bad sigma or seed, no `LoRALinear` in the model. RuntimeError: already perturbed. With sigma = 0
@@ -212,7 +214,7 @@ def perturbed(model: nn.Module, sigma: float, seed: Seed, keep: bool = False) ->
         return
     layers = list(_lora_layers(model).values())
     with torch.no_grad():
-        stds = [filter_std(layer.merged_weight(), sigma) for layer in layers]
+        stds = [law(layer, sigma) if law else filter_std(layer.merged_weight(), sigma) for layer in layers]
         seeds = _seeds(seed, len(layers))
         if keep:
             noise: list[Any] = [_noisy(layer.weight, std, s) for layer, std, s in zip(layers, stds, seeds)]

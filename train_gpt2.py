@@ -63,7 +63,19 @@ from flatlora import (
     sharpness,
     sigma_at,
 )
-from train_toy import environment, report, write, write_json
+from train_toy import (
+    DRAWS,
+    NOISE,
+    ablated,
+    check_ablation,
+    choice,
+    environment,
+    gradient_noise,
+    report,
+    variants,
+    write,
+    write_json,
+)
 
 TARGETS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 METHODS = ("lora", "flat", "sam", "sam-full", "full")
@@ -74,8 +86,9 @@ METRICS = {  # what the table shows: label, digits
     "ood_loss": ("out of domain", 3),
     "test_bits": ("test, bits a byte", 3),
     "ood_bits": ("out of domain", 3),
-    "sharp_lora": ("sharpness, LoRA", 3),
-    "sharp_full": ("sharpness, full", 3),
+    "sharp_lora": ("sharpness, LoRA", 4),
+    "sharp_full": ("sharpness, full", 4),
+    "grad_noise": ("gradient noise", 3),
     "trainable": ("trained params", 0),
     "passes": ("passes a step", 0),
     "ms": ("ms a step", 0),
@@ -89,10 +102,15 @@ INIT_DEFAULTS: dict[str, Any] = {  # with --init, where a step is dear
 }  # fmt: skip
 SHAPING = [  # the options that a run must share with the checkpoint from which it goes on, beside those of its own
     "batch_size", "grad_accum", "block_size", "warmup", "weight_decay", "clip", "dtype", "r", "alpha", "dropout",
-    "lora_dropout", "sigma", "schedule", "rho", "rho_full", "eval_interval",
+    "lora_dropout", "sigma", "schedule", "noise", "draws", "rho", "rho_full", "eval_interval",
+]  # fmt: skip
+VARIABLE = [  # the options that METHOD:OPTION=VALUE may set
+    "steps", "batch_size", "grad_accum", "lr", "full_lr", "warmup", "weight_decay", "clip", "r", "alpha",
+    "lora_dropout", "sigma", "schedule", "noise", "draws", "rho", "rho_full",
 ]  # fmt: skip
 FIXED_BY_INIT = ["n_layer", "n_head", "n_embd", "pretrain_text", "pretrain_steps", "pretrain_lr"]
-PAIRED = [key for key in METRICS if key.endswith("loss") or key.startswith("sharp")]  # as differences to LoRA
+PAIRED = [key for key in METRICS if key.endswith(("loss", "noise")) or key.startswith("sharp")]  # as differences too
+BRIEF = ["test_loss", "ood_loss", "sharp_lora", "sharp_full", "grad_noise", "time"]  # shown of five methods or more
 
 # ---- Model ---------------------------------------------------------------------------------------------------
 
@@ -481,7 +499,8 @@ def train(
             else:
                 sigma = sigma_at(step, steps, args.sigma, args.schedule) if method == "flat" else 0.0
                 draw, keep = (seed, step, args.rank), not args.low_memory
-                loss = flat_lora_step(net, counted_loss_fn, batches, optimizer, sigma, draw, args.clip, keep)
+                noisy_loss_fn, rest = ablated(counted_loss_fn, sigma, draw, args)
+                loss = flat_lora_step(net, noisy_loss_fn, batches, optimizer, rest, draw, args.clip, keep)
             if args.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
@@ -570,7 +589,11 @@ def load_base(path: Path, device: torch.device) -> GPT:
 
 
 def checkpoint_path(title: str, seed: int, args: argparse.Namespace) -> Path:
-    return args.out / f"checkpoint-{title}-{seed}.pt"
+    return args.out / f"checkpoint-{file_name(title)}-{seed}.pt"
+
+
+def file_name(title: str) -> str:
+    return re.sub(r"[^\w=.-]", "-", title)  # "flat:lr=1e-3" would be no name on every system
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -621,8 +644,9 @@ def pretrained(config: GPTConfig, data: Tensor, args: argparse.Namespace) -> tup
     return model, path.name
 
 
-def finetune(base: GPT, method: str, data: dict[str, Tensor], seed: int, args: argparse.Namespace) -> tuple[GPT, Any]:
+def finetune(base: GPT, title: str, data: dict[str, Tensor], seed: int, args: argparse.Namespace) -> tuple[GPT, Any]:
     """One fine-tuned copy of the base, in evaluation mode, and what the table says of it."""
+    method = args.method
     torch.manual_seed(seed)  # the same adapters for every method
     # Adapters stand on the base itself, not on a copy: its weights are never written.
     model = copy.deepcopy(base, {} if method == "full" else {id(p): p for p in base.parameters()})
@@ -631,17 +655,26 @@ def finetune(base: GPT, method: str, data: dict[str, Tensor], seed: int, args: a
     else:
         inject_lora(model, args.r, args.alpha, args.lora_dropout, TARGETS)
     peak_lr = args.full_lr if method == "full" else args.lr
-    cost = train(model, method, data["train"], args.steps, peak_lr, seed, args, method, data["val"])
-    return model, {"method": method, "seed": seed, **cost, **measure(model, data, args)}
+    cost = train(model, method, data["train"], args.steps, peak_lr, seed, args, title, data["val"])
+    result = {"method": title, "seed": seed, **cost, **measure(model, data, args)}
+    if args.gradient_draws and method == "flat":
+        shape = (args.gradient_draws, args.grad_accum, args.batch_size)
+        starts = torch.randint(
+            len(data["train"]) - args.block_size, shape, generator=torch.Generator().manual_seed(seed)
+        )
+        steps = [[windows(data["train"], at, args.block_size, args.device) for at in step] for step in starts]
+        result["grad_noise"] = gradient_noise(model, make_loss_fn(args), steps, args, seed)
+    return model, result
 
 
 def measure(model: nn.Module, data: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for name in tqdm([name for name in ("train", "val", "test", "ood") if name in data], desc="evaluate", leave=False):
+    splits = ["val"] if args.tune else [name for name in ("train", "val", "test", "ood") if name in data]
+    for name in tqdm(splits, desc="evaluate", leave=False):
         result[f"{name}_loss"] = evaluate(model, data[name], args)
         if name in args.tokens_a_byte:
             result[f"{name}_bits"] = result[f"{name}_loss"] / math.log(2) * args.tokens_a_byte[name]
-    if not args.sharpness_samples:
+    if args.tune or not args.sharpness_samples:
         return result
     # A model without adapters gets a copy with B = 0: W' = W, and the factors say nothing.
     adapted = bool([name for name, _ in model.named_parameters() if name.endswith("lora_B")])
@@ -652,8 +685,11 @@ def measure(model: nn.Module, data: dict[str, Tensor], args: argparse.Namespace)
     starts = starts[: len(starts) // size * size]  # equal parts, as the measure takes the mean over them
     batches = [windows(data["train"], part, args.block_size, args.device) for part in starts.split(size)]
     for space in ("lora", "full"):
-        rise = sharpness(model, make_loss_fn(args), batches, args.sharpness_sigma, args.sharpness_samples, 0, space)
-        result[f"sharp_{space}"] = rise if adapted or space == "full" else None
+        if not adapted and space == "lora":
+            continue
+        loss_fn, samples = make_loss_fn(args), args.sharpness_samples
+        rise = [sharpness(model, loss_fn, batches, sigma, samples, 0, space) for sigma in args.sharpness_sigma]
+        result |= {f"sharp_{space}": rise[0], f"landscape_{space}": dict(zip(map(str, args.sharpness_sigma), rise))}
     return result
 
 
@@ -689,16 +725,17 @@ def sample(args: argparse.Namespace) -> None:
     show_samples({args.adapter.stem: model}, encode(args.prompt.encode()), decode, args)
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare(args: argparse.Namespace, own: dict[str, argparse.Namespace]) -> None:
     if args.init:
         config = gpt2_config(args.init, args.dropout)
     else:
         config = GPTConfig(args.n_layer, args.n_head, args.n_embd, args.block_size, dropout=args.dropout)
     if args.block_size > config.block_size:
         raise ValueError(f"--block-size must be at most the model's {config.block_size}, got {args.block_size}")
-    with torch.device("meta"):  # bad sizes end here, before the work
-        inject_lora(GPT(config), args.r, args.alpha, args.lora_dropout, TARGETS)
-    sigma_at(0, args.steps, args.sigma, args.schedule)
+    for options in [args, *own.values()]:
+        with torch.device("meta"):  # bad sizes end here, before the work
+            inject_lora(GPT(config), options.r, options.alpha, options.lora_dropout, TARGETS)
+        sigma_at(0, options.steps, options.sigma, options.schedule)
     # --data stands without a tokenizer, as long as no other text comes in and none is to come out.
     text = not (args.init and args.data) or args.ood or args.prompt
     encode, decode = tokenizer(args.init) if text else (list, None)
@@ -710,49 +747,52 @@ def compare(args: argparse.Namespace) -> None:
         base, base_name = load_gpt2(args.init, config, args.device), args.init
     else:
         base, base_name = pretrained(config, data["pretrain"], args)
-    methods = ["base", *dict.fromkeys(args.methods)]
-    baseline = measure(base, data, args)
+    titles = ["base", *own]
+    baseline = {} if args.tune else measure(base, data, args)
     runs: list[dict[str, Any]] = []
     models = {"base": base}
     for seed in range(args.seeds):
-        runs.append({"method": "base", "seed": seed, **baseline})
-        for method in methods[1:]:
-            model, result = finetune(base, method, data, seed, args)
+        if not args.tune:
+            runs.append({"method": "base", "seed": seed, **baseline})
+        for title, options in own.items():
+            options.tokens_a_byte = args.tokens_a_byte
+            model, result = finetune(base, title, data, seed, options)
             runs.append(result)
-            if seed == 0:
-                models[method] = model
-                if method != "full":
-                    content = {"base": base_name, "r": args.r, "alpha": args.alpha, "adapters": lora_state_dict(model)}
-                    save(args.out / f"{method}.pt", content, args)
+            if seed == 0 and not args.tune:
+                models[title] = model
+                if options.method != "full":
+                    content = {"base": base_name, "r": options.r, "alpha": options.alpha}
+                    content["adapters"] = lora_state_dict(model)
+                    save(args.out / f"{file_name(title)}.pt", content, args)
                     if args.peft and args.rank == 0:
-                        save_peft(model, args.out / method, args.init, fan_in_fan_out=True)
-        lora_ms = next((run["ms"] for run in runs if run["seed"] == seed and run["method"] == "lora"), None)
-        for result in runs:
-            if result["seed"] == seed and "ms" in result:
-                result["time"] = result["ms"] / lora_ms if lora_ms else None
+                        save_peft(model, args.out / file_name(title), args.init, fan_in_fan_out=True)
     if args.rank:
         return
-    summary = report(runs, methods, METRICS, PAIRED)
-    samples = {}
-    if decode:
+    settings = {key: str(value) for key, value in vars(args).items()}
+    found: dict[str, Any] = {"config": settings, "environment": environment(), "runs": runs}
+    if args.tune:
+        print(f"\n{choice(runs, titles[1:], 'val_loss', 4)}")
+    else:
+        found["summary"] = report(runs, titles, METRICS, PAIRED, BRIEF)
+    if decode and not args.tune:
         print("\nText as each model goes on (seed 0):")
         prompt = encode(args.prompt.encode()) if args.prompt else data["test"][:64].tolist()
-        samples = show_samples(models, prompt, decode, args)
-    options = {key: str(value) for key, value in vars(args).items()}
-    content = {"config": options, "environment": environment(), "summary": summary, "runs": runs, "samples": samples}
-    write_json(args.out / "results.json", content)
-    for method in methods:
+        found["samples"] = show_samples(models, prompt, decode, args)
+    write_json(args.out / "results.json", found)
+    for title in titles:
         for seed in range(args.seeds):
-            checkpoint_path(method, seed, args).unlink(missing_ok=True)
-    print(f"\nAll numbers: {args.out / 'results.json'}; adapters: {args.out}/METHOD.pt")
+            checkpoint_path(title, seed, args).unlink(missing_ok=True)
+    print(f"\nAll numbers: {args.out / 'results.json'}" + ("" if args.tune else f"; adapters: {args.out}/METHOD.pt"))
 
 
 def main() -> None:
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=shape)
     add = parser.add_argument_group("what to run").add_argument
-    add("--methods", nargs="+", default=["lora", "flat", "sam"], choices=METHODS, help="default: lora flat sam")
+    words = f"any of {', '.join(METHODS)}, also as METHOD:OPTION=VALUE,... with its own fine-tuning options "
+    add("--methods", nargs="+", default=["lora", "flat", "sam"], metavar="METHOD", help=words + "(lora flat sam)")
     add("--seeds", type=int, default=1, help="runs of each method; two or more give intervals (1)")
+    add("--tune", action="store_true", help="only validation losses, and the best settings of each method")
     add("--device", default="auto", help="cpu, cuda or auto (auto)")
     add("--dtype", help="float32, or bfloat16 for autocast (float32; with --init on a GPU bfloat16)")
     add("--out", type=Path, default=Path("out"), help="folder for base, adapters and results.json (out)")
@@ -793,11 +833,15 @@ def main() -> None:
     add("--lora-dropout", type=float, default=0.0, help="on the input of the adapters (0)")
     add("--sigma", type=float, default=0.2, help="flat: noise strength at the end of the ramp (0.2)")
     add("--schedule", default="cosine", help="flat: the ramp, cosine, linear or constant (cosine)")
+    add("--noise", default="rows", help=f"flat: the law, {', '.join(NOISE)} (rows)")
+    add("--draws", default="window", help=f"flat: one eps for {', '.join(DRAWS)} (window)")
     add("--low-memory", action="store_true", help="flat: no copy of the noisy weights, but noise made at each use")
     add("--rho", type=float, default=0.2, help="sam: radius on (A, B) (0.2)")
     add("--rho-full", type=float, default=0.05, help="sam-full: radius on the merged weight (0.05)")
-    add("--sharpness-sigma", type=float, default=0.1, help="noise strength of the sharpness measure (0.1)")
+    words = "noise strengths of the sharpness measure, the first for the table (0.1)"
+    add("--sharpness-sigma", type=float, nargs="+", default=[0.1], metavar="SIGMA", help=words)
     add("--sharpness-samples", type=int, default=8, help="its draws, 0 to leave it out (8)")
+    add("--gradient-draws", type=int, default=0, help="draws to measure the gradient's noise with; 0: not (0)")
     add = parser.add_argument_group("text from the models").add_argument
     add("--sample", action="store_true", help="only generate, from --adapter")
     add("--adapter", type=Path, metavar="FILE", help="adapter file that a run saved; its base lies beside it")
@@ -810,7 +854,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         check(args)
-        sample(args) if args.sample else compare(args)
+        entries = variants(parser, args, METHODS, VARIABLE)
+        for options in entries.values():
+            check_ranges(options)
+        sample(args) if args.sample else compare(args, entries)
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         raise SystemExit(f"train_gpt2.py: {error}") from None
     except KeyboardInterrupt:
@@ -824,20 +871,7 @@ def main() -> None:
 
 def check(args: argparse.Namespace) -> None:
     """The options that nothing else checks; turns --device into a torch.device."""
-    counts = ["seeds", "train_bytes", "eval_windows", "n_layer", "n_head", "n_embd", "block_size", "pretrain_steps"]
-    counts += ["steps", "batch_size", "grad_accum", "length", "top_k", "checkpoint_every"]
-    positive = ["pretrain_lr", "lr", "full_lr", "clip", "temperature"]
-    natural = ["warmup", "weight_decay", "rho", "rho_full", "sharpness_sigma", "sharpness_samples", "eval_interval"]
-    for names, holds, words in (
-        (counts, lambda v: v >= 1, "at least 1"),
-        (positive, lambda v: 0 < v < math.inf, "above 0 and finite"),
-        (natural, lambda v: 0 <= v < math.inf, "at least 0 and finite"),
-        (["dropout"], lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ):
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"--{name.replace('_', '-')} must be {words}, got {value}")
+    check_ranges(args)
     if args.init and any(getattr(args, name) is not None for name in FIXED_BY_INIT):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in FIXED_BY_INIT)
         raise ValueError(f"--init brings a trained model: it goes without {options}")
@@ -864,6 +898,27 @@ def check(args: argparse.Namespace) -> None:
         sys.stdout = io.StringIO()
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     args.dtype = args.dtype or ("bfloat16" if args.init and args.device.type == "cuda" else "float32")
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """The numbers that nothing else checks."""
+    counts = ["seeds", "train_bytes", "eval_windows", "n_layer", "n_head", "n_embd", "block_size", "pretrain_steps"]
+    counts += ["steps", "batch_size", "grad_accum", "length", "top_k", "checkpoint_every"]
+    positive = ["pretrain_lr", "lr", "full_lr", "clip", "temperature"]
+    natural = ["warmup", "weight_decay", "rho", "rho_full", "sharpness_samples", "gradient_draws", "eval_interval"]
+    for names, holds, words in (
+        (counts, lambda v: v >= 1, "at least 1"),
+        (positive, lambda v: 0 < v < math.inf, "above 0 and finite"),
+        (natural, lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+        (["dropout"], lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"--{name.replace('_', '-')} must be {words}, got {value}")
+    if not all(0 <= sigma < math.inf for sigma in args.sharpness_sigma):
+        raise ValueError(f"--sharpness-sigma must be at least 0 and finite, got {args.sharpness_sigma}")
+    check_ablation(args)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,16 @@ def test_each_row_of_the_noise_has_the_std_of_the_merged_row():  # E7, from W' a
     assert ((from_base / expected - 1).abs() > 0.1).all()  # so the comparison could tell W from W'
 
 
+def test_another_law_gives_the_stds_and_its_negative_the_mirrored_noise():
+    model = adapted_mlp()
+    with perturbed(model, 0.3, 5):
+        eps = read_eps(model)
+    for sign in (2, -1):
+        with perturbed(model, 0.3, 5, law=lambda layer, sigma: sign * filter_std(dense_weight(layer), sigma)):  # noqa: B023
+            for name, other in read_eps(model).items():
+                torch.testing.assert_close(other, sign * eps[name])
+
+
 def test_the_expected_relative_change_of_a_row_is_sigma():  # what filter scaling is for
     model = adapted_mlp()
     ratio = torch.stack([noise(model, 0.3, s)["2"].norm(dim=1) ** 2 for s in range(1000)]).mean(0)

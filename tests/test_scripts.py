@@ -1,7 +1,9 @@
 """Both scripts run from the command line, write what they print as JSON, and end bad input in one clear line."""
 
+import argparse
 import ast
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,11 +14,12 @@ import bench_cost
 import numpy as np
 import pytest
 import torch
+from reference import adapted_mlp, batch, dense_loss, dense_weight, layers, loss_fn, read_eps
 from torch import nn
 
 import train_gpt2
 import train_toy
-from flatlora import LoRALinear, read_safetensors
+from flatlora import LoRALinear, flat_lora_step, lora_parameters, perturbed, read_safetensors
 
 ROOT = Path(__file__).parent.parent
 TOY = ["--seeds", "2", "--steps", "5", "--pretrain-steps", "5", "--samples", "1"]
@@ -55,10 +58,10 @@ def gpt2(tmp_path_factory):
 
 def test_the_main_job_prints_its_tables_and_samples(gpt2):
     _, printed, results = gpt2
-    for words in ("Results", "Difference to LoRA, paired by seed", "---- base", "---- flat", "sharpness, full"):
+    for words in ("Results", "Difference to lora, paired by seed", "---- base", "---- flat", "sharpness, full"):
         assert words in printed
     assert list(results["samples"]) == ["base", *train_gpt2.METHODS]
-    row = next(line for line in printed.splitlines() if line.startswith("test "))
+    row = next(line for line in printed.splitlines() if line.startswith("base "))
     assert f"{results['summary']['mean']['base']['test_loss']['mean']:.3f} ±" in row
 
 
@@ -150,7 +153,8 @@ def test_own_text_is_used_whole_and_the_built_in_one_is_cut(tmp_path, monkeypatc
     (tmp_path / "text").write_bytes(b"ab" * 50_000)
     sizes = []
     for options in (["--text", str(tmp_path / "text")], [], ["--train-bytes", "500"]):
-        monkeypatch.setattr(train_gpt2, "compare", lambda args: sizes.append(len(train_gpt2.load_data(args)["train"])))
+        size = lambda args, own: sizes.append(len(train_gpt2.load_data(args)["train"]))  # noqa: E731
+        monkeypatch.setattr(train_gpt2, "compare", size)
         monkeypatch.setattr(sys, "argv", ["script", *options])
         train_gpt2.main()
     assert sizes == [60_000, 30_000, 500]
@@ -169,6 +173,14 @@ def test_missing_standard_library_sources_name_the_option():
         (["--r", "0"], "r must be an integer from 1 to"),
         (["--r", "17"], "r must be an integer from 1 to min(m, n) = 16, got 17"),
         (["--schedule", "cubic"], "schedule must be one of cosine, linear, constant, got 'cubic'"),
+        (["--noise", "white"], "--noise must be one of rows, base, matrix, undivided, got white"),
+        (["--draws", "two"], "--draws must be one of window, micro-batch, antithetic, got two"),
+        (["--methods", "adam"], "--methods takes lora, flat, sam, sam-full, full, alone or as METHOD:OPTION=VALUE"),
+        (["--methods", "flat:n_embd=8"], "got flat:n_embd=8"),
+        (["--methods", "lora", "flat:schedule=cubic"], "schedule must be one of cosine, linear, constant, got 'cubic'"),
+        (["--methods", "lora", "flat:r=17"], "r must be an integer from 1 to min(m, n) = 16, got 17"),
+        (["--methods", "lora", "flat:lr=0"], "--lr must be above 0 and finite, got 0.0"),
+        (["--sharpness-sigma", "0.1", "nan"], "--sharpness-sigma must be at least 0 and finite, got [0.1, nan]"),
         (["--device", "tpu"], "--device must be cpu, cuda or auto, got 'tpu'"),
         (["--dtype", "int8"], "--dtype must be float32 or bfloat16, got 'int8'"),
         (["--steps", "0"], "--steps must be at least 1"),
@@ -422,17 +434,77 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
             call()
 
 
+def printed_from(path, capsys):
+    """What the script printed when it wrote this file, and the cells of its tables."""
+    content = json.loads(path.read_text())
+    if path.stem == "cost":
+        print(
+            bench_cost.memory_table(content), *(bench_cost.time_table(content, a) for a in content["time"]), sep="\n\n"
+        )
+    elif content["config"]["tune"] in (True, "True"):
+        key = "test_loss" if path.stem.startswith("toy") else "val_loss"
+        print(train_toy.choice(content["runs"], titles_of(content), key, 4))
+    else:
+        of = train_toy if path.stem.startswith("toy") else train_gpt2
+        train_toy.report(content["runs"], titles_of(content), of.METRICS, of.PAIRED, of.BRIEF)
+        if path.stem == "toy":
+            print(f"\n{train_toy.chart(train_toy.landscape(content['runs'], titles_of(content)))}")
+            print(f"\n{train_toy.verdict(content['runs'])}")
+    return capsys.readouterr().out
+
+
+def titles_of(content):
+    return list(dict.fromkeys(run["method"] for run in content["runs"]))
+
+
 def test_every_number_of_the_readmes_tables_is_in_the_json_of_its_run(capsys):
-    readme, methods = (ROOT / "README.md").read_text(), ["lora", "flat", "sam"]
-    toy, gpt2, cost = (json.loads((ROOT / "assets" / f"{n}.json").read_text()) for n in ("toy", "gpt2", "cost"))
-    train_toy.report(toy["runs"], methods, train_toy.METRICS, list(train_toy.METRICS)[:-1])
-    print(f"\n{train_toy.chart(train_toy.landscape(toy['runs'], methods))}\n\n{train_toy.verdict(toy['runs'])}\n")
-    train_toy.report(gpt2["runs"], ["base", *methods], train_gpt2.METRICS, train_gpt2.PAIRED)
-    print(f"\n{bench_cost.memory_table(cost)}")
-    for axis in cost["time"]:
-        print(f"\n{bench_cost.time_table(cost, axis)}")
-    blocks = capsys.readouterr().out.strip().split("\n\n")
-    assert len(blocks) > 20 and all(block.strip("\n") in readme for block in blocks)
+    """The blocks of the README are those that the scripts print from assets/, and each "x ± y" of its prose is a cell
+    of such a table."""
+    readme = (ROOT / "README.md").read_text()
+    printed = "\n\n".join(printed_from(path, capsys) for path in sorted((ROOT / "assets").glob("*.json")))
+    blocks = {block.strip("\n") for block in printed.split("\n\n")}
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    shown = [block.strip("\n") for language, text in fences if not language for block in text.split("\n\n")]
+    tables = [block for block in shown if "---" in block or "|" in block]
+    assert len(tables) > 15 and set(tables) <= blocks, set(tables) - blocks
+    prose = re.sub(r"^```.*?^```$", "", readme, flags=re.DOTALL | re.MULTILINE).replace("\N{MINUS SIGN}", "-")
+    number = r"([+-]?\d+\.?\d*) ?± ?(\d+\.?\d*)"
+    cells = {(mean.lstrip("+"), half) for mean, half in re.findall(number, printed)}
+    cited = {(mean.lstrip("+"), half) for mean, half in re.findall(number, prose)}
+    assert len(cited) > 20 and cited <= cells, cited - cells
+
+
+def test_every_json_comes_from_a_command_of_the_readme():
+    readme = (ROOT / "README.md").read_text().replace("\\\n", "")
+    commands = re.findall(r"^python (train_toy|train_gpt2)\.py(.*)  # (\S+)\.json$", readme, re.MULTILINE)
+    assert {name for _, _, name in commands} == {p.stem for p in (ROOT / "assets").glob("*.json")} - {"cost"}
+    for script, words, name in commands:
+        config = json.loads((ROOT / "assets" / f"{name}.json").read_text())["config"]
+        given = dict.fromkeys(["tune"], "False") | {"seeds": {"train_toy": "20", "train_gpt2": "1"}[script]}
+        for option in re.findall(r"--(\S+)((?: (?!--)\S+)*)", words):
+            values = [v for word in option[1].split() for v in braces(word)]
+            found = {"methods": values, "sharpness-sigma": [*map(float, values)] if "sigma" in option[0] else None}
+            given[option[0].replace("-", "_")] = str(found.get(option[0], values[0] if values else True))
+        given.setdefault("methods", str(["lora", "flat", "sam"]))
+        for key, value in given.items():
+            assert str(config[key]) == value or float(config[key]) == float(value), (name, key)
+
+
+def braces(word):
+    """What bash makes of it: a{b,c}d is abd acd."""
+    found = re.match(r"(.*?)\{(.*?)\}(.*)", word)
+    return [word] if not found else [w for x in found[2].split(",") for w in braces(f"{found[1]}{x}{found[3]}")]
+
+
+def test_the_readme_names_the_settings_that_the_tuning_chose(capsys):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    chosen = 0
+    for path in (ROOT / "assets").glob("*tuning*.json"):
+        for row in printed_from(path, capsys).split("\n")[4:]:
+            grid, tried, best, validation = re.split(r" {2,}", row) if row else ["", "", "", ""]
+            chosen += bool(grid)
+            assert any(all(word in line for word in (grid, tried, best, validation)) for line in lines), row
+    assert chosen == 14
 
 
 def test_every_test_that_the_readme_names_exists():
@@ -454,7 +526,7 @@ def test_nothing_beyond_torch_numpy_and_tqdm_is_imported(file):
         modules += [node.module] if isinstance(node, ast.ImportFrom) else []
         names[node in inner] |= {module.split(".")[0] for module in modules}
     assert names[False] - sys.stdlib_module_names <= {"torch", "numpy", "tqdm", "flatlora", "train_toy"}
-    assert names[True] - sys.stdlib_module_names <= {"safetensors", "tiktoken"}
+    assert names[True] - sys.stdlib_module_names <= {"safetensors", "tiktoken", "matplotlib"}
 
 
 def test_the_plain_loop_of_the_readme_runs():
@@ -486,8 +558,8 @@ def test_the_toy_prints_table_landscape_and_verdict(tmp_path):
     results = json.loads((tmp_path / "out" / "toy.json").read_text())
     assert [(r["seed"], r["method"]) for r in results["runs"]] == [(s, m) for s in (0, 1) for m in train_toy.METHODS]
     for result in results["runs"]:
-        assert len(result["landscape_full"]) == len(result["landscape_lora"]) == len(train_toy.STRENGTHS)
-        assert result["landscape_full"][0] == 0 and result["sharp_full"] in result["landscape_full"]
+        assert list(result["landscape_full"]) == ["0.3", "0.1", "0.2", "0.4", "0.5", "0.6"]
+        assert result["landscape_full"]["0.3"] == result["sharp_full"]
 
 
 @pytest.mark.parametrize(
@@ -498,6 +570,11 @@ def test_the_toy_prints_table_landscape_and_verdict(tmp_path):
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--label-noise", "2"], "--label-noise must be from 0 to 1"),
         (["--schedule", "cubic"], "schedule must be one of"),
+        (["--noise", "white"], "--noise must be one of rows, base, matrix, undivided, got white"),
+        (["--methods", "adam"], "--methods takes lora, flat, sam, sam-full, alone or as METHOD:OPTION=VALUE"),
+        (["--methods", "lora", "flat:grad_accum=0"], "--grad-accum must be at least 1, got 0"),
+        (["--plot", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        (["--plot", __file__], "is no JSON of a run with several methods"),
     ],
 )
 def test_the_toy_ends_bad_input_in_one_line(tmp_path, monkeypatch, capsys, options, words):
@@ -514,7 +591,7 @@ def test_a_shell_sees_the_line_and_a_failure(tmp_path):
 
 def test_words_that_the_command_line_does_not_know_end_in_one_line_after_the_usage(monkeypatch, capsys):
     for script, options in (
-        (train_toy, ["--methods", "adam"]),
+        (train_toy, ["--methods", "flat:sigma=much"]),
         (train_gpt2, ["--r", "x"]),
         (train_gpt2, ["--rr", "1"]),
     ):
@@ -528,25 +605,103 @@ def test_intervals_are_student_t():
     stat = train_toy.interval([1.0, 2.0, 3.0, 4.0])
     assert stat == {"mean": 2.5, "half": pytest.approx(3.182 * 1.2909944 / 2), "n": 4}
     assert train_toy.interval([5.0])["half"] is None and train_toy.interval([1.0, None]) is None
+    assert train_toy.interval([1.0, math.inf]) is None
+
+
+def toy_run(method, seed, low, high):
+    landscapes = {"landscape_lora": {"0.3": low}, "landscape_full": {"0.3": high}}
+    return {"method": method, "seed": seed, "sharp_lora": low, "sharp_full": high, **landscapes}
 
 
 def test_the_chart_shows_every_method_once_a_strength_also_where_the_loss_falls():
-    points = len(train_toy.STRENGTHS)
-    curves = {
-        "LoRA space": {"lora": [0.0] * points, "flat": [-0.5] * points},
-        "full space": {"lora": [0.1 * i for i in range(points)], "flat": [0.0] * points},
-    }
-    lines = train_toy.chart(curves).splitlines()
-    assert "".join(lines[1:-1]).count("L") == "".join(lines[1:-1]).count("F") == 2 * points
-    assert lines[1].startswith(" 0.60 |") and lines[1].endswith("L") and lines[-2].startswith(" 0.00 |LF LF LF")
-    assert train_toy.chart({"full space": {"sam": [0.0] * points}}).count("S") == points
+    runs = [toy_run("lora", 0, 0.0, 0.6), toy_run("flat:sigma=1", 0, -0.5, 0.0)]
+    panels = train_toy.landscape(runs, ["lora", "flat:sigma=1"])
+    assert {at: stat["mean"] for at, stat in panels["full space"]["lora"].items()} == {0.0: 0.0, 0.3: 0.6}
+    lines = train_toy.chart(panels).splitlines()
+    assert "".join(lines[1:-1]).count("L") == "".join(lines[1:-1]).count("F") == 2 * 2
+    assert lines[1].startswith(" 0.60 |") and lines[1].endswith("L") and lines[-2].startswith(" 0.00 |LF  LF")
+    assert train_toy.chart(train_toy.landscape(runs[:1], ["lora"])).count("L") == 2 * 2 + 1  # and that of "LoRA space"
 
 
 def test_the_verdict_can_go_either_way():
-    sharp = [{"method": "lora", "sharp_lora": 0.1 + i / 1000, "sharp_full": 0.3} for i in range(3)]
-    flat = [{"method": "lora", "sharp_lora": 0.3 + i / 1000, "sharp_full": 0.3} for i in range(3)]
+    sharp, flat = ([toy_run("lora", i, low + i / 1000, 0.3) for i in range(3)] for low in (0.1, 0.3))
     assert "is shown here" in train_toy.verdict(sharp).replace("\n", " ")
     assert "is NOT shown here" in train_toy.verdict(flat).replace("\n", " ")
+
+
+def test_a_method_is_compared_with_lora_under_the_same_options_or_else_with_the_first(capsys):
+    titles = ["lora", "lora:r=1", "flat:r=1", "flat", "sam:rho=2"]
+    partners = {title: train_toy.partner(title, titles) for title in titles}
+    assert partners == {t: "lora:r=1" if t == "flat:r=1" else "lora" for t in titles}
+    runs = [{"method": t, "seed": s, "x": i * (s + 1), "ms": 10.0 + i} for i, t in enumerate(titles) for s in (0, 1)]
+    summary = train_toy.report(runs, titles, {"x": ("x", 1), "time": ("time", 2)}, ["x"], ["x", "time"])
+    assert {t: stat["x"]["mean"] for t, stat in summary["difference"].items()} == {
+        "lora:r=1": 1.5, "flat:r=1 - lora": 1.5, "flat": 4.5, "sam:rho=2": 6.0
+    }  # fmt: skip
+    assert summary["mean"]["flat:r=1"]["time"]["mean"] == pytest.approx(12 / 11)
+    printed = capsys.readouterr().out
+    assert "Difference to lora, paired by seed" in printed and "\nflat:r=1 - lora " in printed
+
+
+def test_the_choice_is_the_lowest_mean_of_each_grid():
+    losses = {"lora:lr=1": (1, 4), "lora:lr=2": (2, 2), "sam:lr=1,rho=1": (5, 5), "sam:lr=2,rho=1": (1, 8)}
+    runs = [{"method": t, "seed": s, "loss": float(v[s])} for t, v in losses.items() for s in (0, 1)]
+    rows = [line.split() for line in train_toy.choice(runs, list(losses), "loss", 1).splitlines()[4:]]
+    assert [row[:4] for row in rows] == [["lora:lr", "2", "lr=2", "2.0"], ["sam:lr,rho", "2", "lr=2,rho=1", "4.5"]]
+
+
+def test_tuning_measures_validation_alone(gpt2, tmp_path):
+    for script, options, file, key in (
+        ("train_toy.py", TOY, "toy.json", "test_loss"),
+        ("train_gpt2.py", GPT2, "results.json", "val_loss"),
+    ):
+        methods = ["lora:lr=1e-3", "lora:lr=2e-3", "lora:steps=2,lora_dropout=0.5", "flat:draws=micro-batch"]
+        done = run(script, *options, "--tune", "--methods", *methods, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "Best of each grid by validation loss" in done.stdout and "lora:steps,lora_dropout" in done.stdout
+        runs = json.loads((tmp_path / "out" / file).read_text())["runs"]
+        assert {m: next(r[key] for r in runs if r["method"] == m) for m in methods}
+        found = {k for r in runs for k in r if k.endswith(("loss", "bits")) or k.startswith("sharp")}
+        assert found <= {key, key.replace("loss", "bits")}
+
+
+def test_the_json_is_compact_and_keeps_eight_digits(tmp_path):
+    content = {"a": [1 / 3, {"b": [1, 2], "c": "[x\ny]"}], "n": None}
+    train_toy.write_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == {"a": [0.33333333, {"b": [1, 2], "c": "[x\ny]"}], "n": None} and '"b": [ 1, 2 ]' in text
+
+
+def test_a_rank_above_the_size_of_a_layer_is_its_size_with_the_same_scaling():
+    args = argparse.Namespace(r=16, alpha=32, lora_dropout=0.0)
+    model = train_toy.adapt(train_toy.mlp(), args)
+    assert [(layer.r, layer.scaling) for layer in model[::2]] == [(16, 2), (16, 2), (4, 2)]
+
+
+def test_pictures_are_drawn_from_the_runs_in_both_modes(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+    from matplotlib.image import imread
+
+    bars, errorbar = [], Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda self, x, y, **k: (bars.append((x, k["xerr"])), errorbar(self, x, y, **k))
+    )
+    files = [ROOT / "assets" / f"{name}.json" for name in ("toy", "gpt2")]
+    train_toy.plot(files, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"toy-{figure}-{mode}.png" for figure in ("landscape", "differences") for mode in ("light", "dark")
+    }
+    for mode, shade in (("light", 1.0), ("dark", 13 / 255)):
+        assert imread(tmp_path / f"toy-differences-{mode}.png")[0, 0, 0] == pytest.approx(shade, abs=0.01)
+    stats = json.loads(files[0].read_text())["summary"]["difference"]
+    assert bars[: len(stats)] == [(stat["test_loss"]["mean"], stat["test_loss"]["half"]) for stat in stats.values()]
+
+
+def test_pictures_without_matplotlib_name_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r'matplotlib is not installed: pip install -e "\.\[plot\]"'):
+        train_toy.plot([ROOT / "assets" / "toy.json"], tmp_path)
 
 
 def test_the_low_rank_change_is_of_low_rank_and_of_the_given_size():
@@ -557,3 +712,78 @@ def test_the_low_rank_change_is_of_low_rank_and_of_the_given_size():
     assert torch.linalg.matrix_rank(delta, rtol=1e-4) == 2
     assert delta.norm() / teacher[2].weight.norm() == pytest.approx(0.3, rel=1e-4)
     assert not any(isinstance(m, (LoRALinear, nn.Dropout)) for m in changed.modules())
+
+
+# ---- Ablations -----------------------------------------------------------------------------------------------
+
+
+def test_each_law_has_the_stds_that_its_name_says():
+    model = adapted_mlp()
+    for layer in layers(model).values():
+        m, n = layer.weight.shape
+        rows = torch.stack([0.3 * row.norm() / math.sqrt(n) for row in dense_weight(layer)])[:, None]  # eq. 7, (m, 1)
+        stds = {name: law(layer, 0.3) for name, law in train_toy.NOISE.items()}
+        torch.testing.assert_close(stds["rows"], rows)
+        torch.testing.assert_close(stds["base"], 0.3 * layer.weight.norm(dim=1, keepdim=True) / math.sqrt(n))
+        torch.testing.assert_close(
+            stds["undivided"], 0.3 * torch.stack([r.norm() for r in dense_weight(layer)])[:, None]
+        )
+        assert stds["matrix"].shape == (m, 1) and stds["matrix"].std() < 1e-12  # one std, and E |eps|^2 of eq. 7:
+        assert (m * n * stds["matrix"][0] ** 2).item() == pytest.approx((n * rows.square().sum()).item())
+
+
+def ablation(**options):
+    settings = {"noise": "rows", "draws": "window", "method": "flat", "sigma": 0.3}
+    return argparse.Namespace(**{**settings, **options})
+
+
+@pytest.mark.parametrize("draws", train_toy.DRAWS)
+def test_the_draws_of_a_window_are_those_of_the_name(draws):
+    """The gradient of a step over four micro-batches, against the dense loss under the noise that each should get."""
+    model, args = adapted_mlp(), ablation(noise="matrix", draws=draws)
+    batches = [batch(seed=i) for i in range(4)]
+    seeds = {
+        "window": [5] * 4,
+        "micro-batch": [(5, i) for i in range(4)],
+        "antithetic": [(5, 0), (5, 0), (5, 1), (5, 1)],
+    }
+    loss = 0.0
+    for i, (data, seed) in enumerate(zip(batches, seeds[draws])):
+        with perturbed(model, 0.3, seed, law=train_toy.NOISE["matrix"]):
+            eps = read_eps(model)
+        sign = -1 if draws == "antithetic" and i % 2 else 1
+        loss = loss + dense_loss(model, data, {name: sign * e for name, e in eps.items()}) / 4
+    expected = torch.autograd.grad(loss, lora_parameters(model))
+    noisy_loss_fn, sigma = train_toy.ablated(loss_fn, 0.3, 5, args)
+    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.0)
+    assert flat_lora_step(model, noisy_loss_fn, batches, optimizer, sigma, 5) == pytest.approx(loss.item())
+    torch.testing.assert_close([p.grad for p in lora_parameters(model)], list(expected))
+
+
+def test_the_method_itself_is_handed_on_as_it_is():
+    assert train_toy.ablated(loss_fn, 0.3, 5, ablation()) == (loss_fn, 0.3)
+    assert train_toy.ablated(loss_fn, 0.0, 5, ablation(noise="base")) == (loss_fn, 0.0)
+
+
+def test_the_gradients_noise_vanishes_in_antithetic_pairs_of_a_loss_with_no_curvature_in_it():
+    """For a quadratic loss the gradient is linear in eps: +eps and -eps on one batch cancel. Two draws halve it."""
+    model = adapted_mlp()
+    layer = next(iter(layers(model).values()))
+    quadratic = lambda m, data: (layer(data[0]) - 1).square().mean()  # noqa: E731
+    steps = [[batch(seed=i)] * 2 for i in range(200)]
+    sizes = {d: train_toy.gradient_noise(layer, quadratic, steps, ablation(draws=d), 0) for d in train_toy.DRAWS}
+    assert sizes["antithetic"] < 1e-20 * sizes["window"] and sizes["window"] > 0
+    assert sizes["micro-batch"] == pytest.approx(sizes["window"] / 2, rel=0.15)
+
+
+def test_the_gradients_noise_is_measured_against_that_of_the_batches():
+    model, args = adapted_mlp(), ablation()
+    steps, gradients = [[batch(seed=i)] for i in range(5)], {0.0: [], 0.3: []}
+    for i in range(5):
+        for sigma, data in ((0.0, steps[i][0]), (0.3, steps[0][0])):
+            with perturbed(model, sigma, (7, i)):
+                loss = loss_fn(model, data)
+            grads = torch.autograd.grad(loss, lora_parameters(model))
+            gradients[sigma].append(torch.cat([g.flatten() for g in grads]))
+    data, noise = (sum((g - sum(gs) / 5).square().sum() for g in gs) for gs in gradients.values())
+    assert train_toy.gradient_noise(model, loss_fn, steps, args, 7) == pytest.approx((noise / data).item())

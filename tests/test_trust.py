@@ -308,7 +308,7 @@ def test_the_script_gives_each_process_its_batches_and_its_noise(tmp_path, monke
     options = [*TINY, "--steps", "3", "--methods", "flat"]
     torchrun(tmp_path, SCRIPT, *options)
     seen = []
-    monkeypatch.setattr(train_gpt2, "compare", lambda args: seen.append(args))
+    monkeypatch.setattr(train_gpt2, "compare", lambda args, own: seen.append(own["flat"]))
     monkeypatch.setattr(sys, "argv", ["script", *options])
     train_gpt2.main()
     args, data = seen[0], train_gpt2.load_data(seen[0])["train"]
