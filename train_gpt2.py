@@ -67,7 +67,7 @@ from train_toy import (
     DRAWS,
     NOISE,
     ablated,
-    check_ablation,
+    check_shared,
     choice,
     environment,
     gradient_noise,
@@ -403,6 +403,11 @@ def windows(data: Tensor, starts: Tensor, block_size: int, device: torch.device)
     return chunk[:, :-1], chunk[:, 1:]
 
 
+def starting_places(data: Tensor, shape: Sequence[int], seed: int, args: argparse.Namespace) -> Tensor:
+    """Where the windows of all steps start, from a generator that no method can disturb."""
+    return torch.randint(len(data) - args.block_size, tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
 # ---- Training ------------------------------------------------------------------------------------------------
 
 
@@ -470,10 +475,8 @@ def train(
 
     parameters = list(model.parameters()) if method == "full" else lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    # All starting places at once, from a generator that no method can disturb; each process has its own.
-    last = len(data) - args.block_size
-    shape = (steps, args.world, args.grad_accum, args.batch_size)
-    starts = torch.randint(last, shape, generator=torch.Generator().manual_seed(seed))[:, args.rank]
+    shape = (steps, args.world, args.grad_accum, args.batch_size)  # each process has its own
+    starts = starting_places(data, shape, seed, args)[:, args.rank]
     recipe = {name: getattr(args, name) for name in SHAPING} | {"steps": steps, "peak_lr": peak_lr}
     recipe |= {"processes": args.world, "training data": fingerprint([data])}
     recipe |= {"base and first adapters": fingerprint(model.parameters())}
@@ -659,10 +662,8 @@ def finetune(base: GPT, title: str, data: dict[str, Tensor], seed: int, args: ar
     result = {"method": title, "seed": seed, **cost, **measure(model, data, args)}
     if args.gradient_draws and method == "flat":
         shape = (args.gradient_draws, args.grad_accum, args.batch_size)
-        starts = torch.randint(
-            len(data["train"]) - args.block_size, shape, generator=torch.Generator().manual_seed(seed)
-        )
-        steps = [[windows(data["train"], at, args.block_size, args.device) for at in step] for step in starts]
+        places = starting_places(data["train"], shape, seed, args)
+        steps = [[windows(data["train"], at, args.block_size, args.device) for at in step] for step in places]
         result["grad_noise"] = gradient_noise(model, make_loss_fn(args), steps, args, seed)
     return model, result
 
@@ -905,7 +906,7 @@ def check_ranges(args: argparse.Namespace) -> None:
     counts = ["seeds", "train_bytes", "eval_windows", "n_layer", "n_head", "n_embd", "block_size", "pretrain_steps"]
     counts += ["steps", "batch_size", "grad_accum", "length", "top_k", "checkpoint_every"]
     positive = ["pretrain_lr", "lr", "full_lr", "clip", "temperature"]
-    natural = ["warmup", "weight_decay", "rho", "rho_full", "sharpness_samples", "gradient_draws", "eval_interval"]
+    natural = ["warmup", "weight_decay", "rho", "rho_full", "sharpness_samples", "eval_interval"]
     for names, holds, words in (
         (counts, lambda v: v >= 1, "at least 1"),
         (positive, lambda v: 0 < v < math.inf, "above 0 and finite"),
@@ -916,9 +917,7 @@ def check_ranges(args: argparse.Namespace) -> None:
             value = getattr(args, name)
             if value is not None and not holds(value):
                 raise ValueError(f"--{name.replace('_', '-')} must be {words}, got {value}")
-    if not all(0 <= sigma < math.inf for sigma in args.sharpness_sigma):
-        raise ValueError(f"--sharpness-sigma must be at least 0 and finite, got {args.sharpness_sigma}")
-    check_ablation(args)
+    check_shared(args)
 
 
 if __name__ == "__main__":

@@ -212,10 +212,15 @@ def ablated(loss_fn: LossFn, sigma: float, seed: Any, args: argparse.Namespace) 
     return noisy_loss_fn, 0.0
 
 
-def check_ablation(args: argparse.Namespace) -> None:
+def check_shared(args: argparse.Namespace) -> None:
+    """The options that both scripts have and nothing else checks."""
     for name, allowed in (("noise", NOISE), ("draws", DRAWS)):
         if getattr(args, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(args, name)}")
+    if not all(0 <= sigma < math.inf for sigma in args.sharpness_sigma):
+        raise ValueError(f"--sharpness-sigma must be at least 0 and finite, got {args.sharpness_sigma}")
+    if args.gradient_draws < 0 or args.gradient_draws == 1:
+        raise ValueError(f"--gradient-draws must be 0 or at least 2, for a variance, got {args.gradient_draws}")
 
 
 @torch.enable_grad()
@@ -364,7 +369,7 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Eight digits of a number, and what holds no more than numbers on a line of its own."""
-    short = json.loads(json.dumps(content), parse_float=lambda digits: float(f"{float(digits):.8g}"))
+    short = json.loads(json.dumps(content, default=str), parse_float=lambda digits: float(f"{float(digits):.8g}"))
     flat = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\n\s*", " ", m[0]), json.dumps(short, indent=1))
     write(path, f"{flat}\n".encode())
 
@@ -388,19 +393,22 @@ def write(path: Path, content: bytes) -> None:
 
 
 INKS = {"light": ("#ffffff", "#1f2328"), "dark": ("#0d1117", "#e6edf3")}  # paper and ink of GitHub's two modes
-STYLES = {"lora": ("#8b949e", "o"), "flat": ("#2f81f7", "s"), "sam": ("#db6d28", "^"), "sam-full": ("#c2569b", "v")}
+STYLES = {  # color and marker of each method of the two scripts
+    "lora": ("#8b949e", "o"), "flat": ("#2f81f7", "s"), "sam": ("#db6d28", "^"), "sam-full": ("#c2569b", "v"),
+    "full": ("#3fb950", "D"),
+}  # fmt: skip
 DRAWN = {"test_loss": "test loss", "ood_loss": "loss out of domain", "sharp_full": "sharpness, full space"}
 
 
 def plot(files: Sequence[Path], folder: Path) -> None:
     """NAME-landscape-light.png, NAME-differences-light.png and their dark forms, NAME that of the first run file: a
-    row of panels for each file, and no landscape where all the runs measured one strength only."""
+    row of panels for each file, and no landscape where a file has the sharpness at one strength only."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise ImportError('matplotlib is not installed: pip install -e ".[plot]"') from None
     found = {path.stem: read_run(path) for path in files}
-    deep = any(len(run.get("landscape_full", {})) > 1 for content in found.values() for run in content["runs"])
+    deep = all(len(content["runs"][0].get("landscape_full", {})) > 1 for content in found.values())
     pictures = [("landscape", landscape_row, 2)] * deep + [("differences", difference_row, 3)]
     folder.mkdir(parents=True, exist_ok=True)
     for mode, (paper, ink) in INKS.items():
@@ -451,8 +459,8 @@ def difference_row(row: Any, run: str, content: dict[str, Any]) -> None:
     for panel, (key, label) in zip(row, DRAWN.items()):
         for at, (title, stats) in enumerate(differences.items()):
             color, marker = STYLES[title.partition(":")[0]]
-            stat = stats[key]
-            panel.errorbar(stat["mean"], -at, xerr=stat["half"] or 0.0, color=color, marker=marker, capsize=3)
+            if stat := stats.get(key):
+                panel.errorbar(stat["mean"], -at, xerr=stat["half"] or 0.0, color=color, marker=marker, capsize=3)
         panel.axvline(0, color=STYLES["lora"][0], linewidth=1, linestyle="--")
         panel.set_yticks([-at for at in range(len(differences))], [*differences] if panel is row[0] else [])
         panel.set(title=label, ylim=(0.5 - len(differences), 0.5))
@@ -555,8 +563,8 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, own: dict[str, argparse.Namespace]) -> None:
-    for title in [None, *own]:
-        check(own[title] if title else args)
+    for options in [args, *own.values()]:
+        check(options)
     torch.set_num_threads(1)  # the layers are too small to share, and one thread gives the same sums everywhere
     torch.manual_seed(0)
     teacher = random_teacher()
@@ -585,7 +593,7 @@ def run(args: argparse.Namespace, own: dict[str, argparse.Namespace]) -> None:
         print(f"\nLandscape, the rise of the training loss under random noise ({', '.join(titles)}):\n\n{drawing}")
         if "lora" in titles:
             print(f"\n{verdict(runs)}")
-    write_json(args.out / "toy.json", json.loads(json.dumps(content, default=str)))
+    write_json(args.out / "toy.json", content)
     print(f"\nAll numbers: {args.out / 'toy.json'}")
 
 
@@ -595,7 +603,7 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 0 <= args.label_noise <= 1:
         raise ValueError(f"--label-noise must be from 0 to 1, got {args.label_noise}")
-    check_ablation(args)
+    check_shared(args)
     with torch.device("meta"):
         inject_lora(mlp(), args.r, args.alpha, args.lora_dropout, ["2"])  # the layer that has room for most ranks
     sigma_at(0, args.steps, args.sigma, args.schedule)

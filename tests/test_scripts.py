@@ -78,9 +78,12 @@ def test_the_json_holds_every_run_and_every_metric(gpt2):
         "base": None, "lora": 1, "flat": 1, "sam": 2, "sam-full": 2, "full": 1
     }  # fmt: skip
     assert first["lora"]["trainable"] == first["flat"]["trainable"] == 2 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16)
-    difference = results["summary"]["minus_lora"]["flat"]["test_loss"]
+    difference = results["summary"]["difference"]["flat"]["test_loss"]
     flat, lora = ([r["test_loss"] for r in results["runs"] if r["method"] == m] for m in ("flat", "lora"))
-    assert difference["mean"] == pytest.approx((flat[0] - lora[0] + flat[1] - lora[1]) / 2) and difference["n"] == 2
+    assert (
+        difference["mean"] == pytest.approx((flat[0] - lora[0] + flat[1] - lora[1]) / 2, abs=1e-7)
+        and difference["n"] == 2
+    )
 
 
 def test_every_method_starts_from_the_same_adapters_and_batches(tmp_path):
@@ -472,6 +475,9 @@ def test_every_number_of_the_readmes_tables_is_in_the_json_of_its_run(capsys):
     cells = {(mean.lstrip("+"), half) for mean, half in re.findall(number, printed)}
     cited = {(mean.lstrip("+"), half) for mean, half in re.findall(number, prose)}
     assert len(cited) > 20 and cited <= cells, cited - cells
+    section = re.search(r"\n## What flatness buys\n(.*?)\n## ", prose, re.DOTALL)[1]
+    numbers = [set(re.findall(r"\d+\.\d\d+", text)) for text in (section, printed)]
+    assert len(numbers[0]) > 50 and numbers[0] <= numbers[1], numbers[0] - numbers[1]
 
 
 def test_every_json_comes_from_a_command_of_the_readme():
@@ -504,7 +510,7 @@ def test_the_readme_names_the_settings_that_the_tuning_chose(capsys):
             grid, tried, best, validation = re.split(r" {2,}", row) if row else ["", "", "", ""]
             chosen += bool(grid)
             assert any(all(word in line for word in (grid, tried, best, validation)) for line in lines), row
-    assert chosen == 14
+    assert chosen == 16
 
 
 def test_every_test_that_the_readme_names_exists():
@@ -573,6 +579,8 @@ def test_the_toy_prints_table_landscape_and_verdict(tmp_path):
         (["--noise", "white"], "--noise must be one of rows, base, matrix, undivided, got white"),
         (["--methods", "adam"], "--methods takes lora, flat, sam, sam-full, alone or as METHOD:OPTION=VALUE"),
         (["--methods", "lora", "flat:grad_accum=0"], "--grad-accum must be at least 1, got 0"),
+        (["--gradient-draws", "1"], "--gradient-draws must be 0 or at least 2, for a variance, got 1"),
+        (["--sharpness-sigma", "-1"], "--sharpness-sigma must be at least 0 and finite, got [-1.0]"),
         (["--plot", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
         (["--plot", __file__], "is no JSON of a run with several methods"),
     ],
@@ -650,7 +658,7 @@ def test_the_choice_is_the_lowest_mean_of_each_grid():
     assert [row[:4] for row in rows] == [["lora:lr", "2", "lr=2", "2.0"], ["sam:lr,rho", "2", "lr=2,rho=1", "4.5"]]
 
 
-def test_tuning_measures_validation_alone(gpt2, tmp_path):
+def test_tuning_measures_validation_alone_and_each_method_with_its_own_options(gpt2, tmp_path):
     for script, options, file, key in (
         ("train_toy.py", TOY, "toy.json", "test_loss"),
         ("train_gpt2.py", GPT2, "results.json", "val_loss"),
@@ -660,7 +668,11 @@ def test_tuning_measures_validation_alone(gpt2, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "Best of each grid by validation loss" in done.stdout and "lora:steps,lora_dropout" in done.stdout
         runs = json.loads((tmp_path / "out" / file).read_text())["runs"]
-        assert {m: next(r[key] for r in runs if r["method"] == m) for m in methods}
+        losses = {r["method"]: r[key] for r in runs if r["seed"] == 0}
+        assert list(losses) == methods and len(set(losses.values())) == 4
+        done = run(script, *options, "--tune", "--methods", "lora", "--lr", "2e-3", cwd=tmp_path)
+        alone = json.loads((tmp_path / "out" / file).read_text())["runs"][0]
+        assert alone[key] == losses["lora:lr=2e-3"]  # an option of one method is that option
         found = {k for r in runs for k in r if k.endswith(("loss", "bits")) or k.startswith("sharp")}
         assert found <= {key, key.replace("loss", "bits")}
 
@@ -687,7 +699,7 @@ def test_pictures_are_drawn_from_the_runs_in_both_modes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Axes, "errorbar", lambda self, x, y, **k: (bars.append((x, k["xerr"])), errorbar(self, x, y, **k))
     )
-    files = [ROOT / "assets" / f"{name}.json" for name in ("toy", "gpt2")]
+    files = [ROOT / "assets" / f"{name}.json" for name in ("toy", "gpt2-methods")]
     train_toy.plot(files, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         f"toy-{figure}-{mode}.png" for figure in ("landscape", "differences") for mode in ("light", "dark")
