@@ -464,8 +464,8 @@ def difference_row(row: Any, run: str, content: dict[str, Any]) -> None:
         panel.axvline(0, color=STYLES["lora"][0], linewidth=1, linestyle="--")
         panel.set_yticks([-at for at in range(len(differences))], [*differences] if panel is row[0] else [])
         panel.set(title=label, ylim=(0.5 - len(differences), 0.5))
-        panel.set_xlabel("paired difference (left is better)")
-        panel.locator_params(axis="x", nbins=4)
+        panel.set_xlabel("difference (left is better)")
+        panel.locator_params(axis="x", nbins=3)
     row[0].set_ylabel(run)
 
 

@@ -481,7 +481,7 @@ def test_every_number_of_the_readmes_tables_is_in_the_json_of_its_run(capsys):
 
 
 def test_every_json_comes_from_a_command_of_the_readme():
-    readme = (ROOT / "README.md").read_text().replace("\\\n", "")
+    readme = re.sub(r" \\\n *", " ", (ROOT / "README.md").read_text())
     commands = re.findall(r"^python (train_toy|train_gpt2)\.py(.*)  # (\S+)\.json$", readme, re.MULTILINE)
     assert {name for _, _, name in commands} == {p.stem for p in (ROOT / "assets").glob("*.json")} - {"cost"}
     for script, words, name in commands:
