@@ -230,7 +230,7 @@ def gradient_noise(
     """Variance of the gradient by A and B over draws of eps in one step, as a fraction of that over steps without."""
 
     def gradient(batches: Sequence[Any], sigma: float, draw: int) -> Tensor:
-        noisy_loss_fn, rest = ablated(loss_fn, sigma, (seed, draw), args)
+        noisy_loss_fn, rest = ablated(loss_fn, sigma, (seed, draw), args)  # the noise is in one of the two
         with perturbed(model, rest, (seed, draw)):
             loss = torch.stack([noisy_loss_fn(model, batch) for batch in batches]).mean()
             return torch.cat([g.flatten() for g in torch.autograd.grad(loss, lora_parameters(model))])

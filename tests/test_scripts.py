@@ -438,7 +438,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
 
 
 def printed_from(path, capsys):
-    """What the script printed when it wrote this file, and the cells of its tables."""
+    """The tables that the script printed when it wrote this file."""
     content = json.loads(path.read_text())
     if path.stem == "cost":
         print(
@@ -777,7 +777,7 @@ def test_the_method_itself_is_handed_on_as_it_is():
     assert train_toy.ablated(loss_fn, 0.0, 5, ablation(noise="base")) == (loss_fn, 0.0)
 
 
-def test_the_gradients_noise_vanishes_in_antithetic_pairs_of_a_loss_with_no_curvature_in_it():
+def test_the_gradients_noise_vanishes_in_antithetic_pairs_of_a_quadratic_loss():
     """For a quadratic loss the gradient is linear in eps: +eps and -eps on one batch cancel. Two draws halve it."""
     model = adapted_mlp()
     layer = next(iter(layers(model).values()))
