@@ -153,7 +153,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise ValueError(f"missing, not in the model or of another shape: {unfit[:3]}, {len(unfit)} in all")
     for name, p in zip(own, lora_parameters(model)):
         p.copy_(state[name])
-    torch.clear_autocast_cache()  # as in `_update`
+    torch.clear_autocast_cache()  # as in `_set`
 
 
 @torch.no_grad()
@@ -217,6 +217,7 @@ def _set(layers: Sequence[LoRALinear], added: Sequence[dict[str, Any]]) -> Itera
     finally:
         for layer in layers:
             layer._added = {}
+        torch.clear_autocast_cache()  # autocast around a loop would keep its casts of A and B over their update
 
 
 class _NoisyLinear(torch.autograd.Function):
@@ -308,7 +309,6 @@ def _update(optimizer: torch.optim.Optimizer, max_grad_norm: float, scaler: Any 
         raise FloatingPointError(f"the gradient is not finite: its norm is {float(norm)}")
     scaler.step(optimizer)
     scaler.update()
-    torch.clear_autocast_cache()  # where autocast surrounds the loop it holds casts of the old A and B
 
 
 def sam_step(
