@@ -100,10 +100,9 @@ def inject_lora(
     model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets: str | Sequence[str] = ".*"
 ) -> nn.Module:
     """Freeze `model`, put a `LoRALinear` in place of each nn.Linear named by `targets`, return the model. `targets`: a
-    regular expression for the whole module name, or a list of names, where "c_attn" stands for every
-    "transformer.h.N.attn.c_attn". A weight that two modules hold (GPT-2's lm_head and wte) is passed over, since an
-    adapter would untie them. Earlier adapters stay. ValueError, before anything is changed: the expression or a name
-    matches nothing, or a layer has hooks or a forward of its own."""
+    regular expression for the whole name, or a list of names, where "c_attn" is every "transformer.h.N.attn.c_attn".
+    A weight that two modules hold (GPT-2's lm_head and wte) is passed over, to stay tied. Earlier adapters stay.
+    ValueError, before anything is changed: a target matches nothing, or a layer has hooks or a forward of its own."""
     held = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
     linears = {}
     for path, parent in model.named_modules(remove_duplicate=False):  # a layer may have several names
@@ -119,7 +118,8 @@ def inject_lora(
         if hooks or getattr(layer.forward, "__func__", None) is not nn.Linear.forward:
             raise ValueError(f"{name} has hooks or a forward of its own, which an adapter would drop")
     new = {layer: LoRALinear(layer, r, alpha, dropout) for layer in chosen}
-    model.apply(lambda parent: parent._modules.update({k: new.get(m, m) for k, m in parent._modules.items()}))
+    for parent in list(model.modules()):  # listed before the layers get into their adapters
+        parent._modules.update({k: new.get(m, m) for k, m in parent._modules.items()})
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith((".lora_A", ".lora_B")))
     return model
