@@ -104,7 +104,7 @@ def test_an_edited_digit_is_seen(page: Path) -> None:
     for name, content in results.items():
         for run in content["compare"]["runs"][:10] if "compare" in content else []:
             for metric in study.METRICS.keys() & run.keys():
-                before, run[metric] = run[metric], run[metric] + 1
+                before, run[metric] = run[metric], run[metric] + 10
                 assert study.rendered(text, results, PAGES[page]) != text, (name, run["row"], metric)
                 run[metric] = before
 
