@@ -67,11 +67,11 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        down = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self._moved("A", self.lora_A))  # (..., r)
         if isinstance(noise := self._added.get("W"), tuple):
             out = _NoisyLinear.apply(x, self.base.weight, self.bias, *noise)  # (..., m)
         else:
             out = F.linear(x, self._moved("W", self.base.weight), self.bias)  # (..., m)
-        down = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self._moved("A", self.lora_A))  # (..., r)
         return (out + F.linear(down * self.scaling, self._moved("B", self.lora_B))).to(out.dtype)  # (..., m)
 
     @property
