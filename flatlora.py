@@ -55,13 +55,13 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, r: int = 8, alpha: float = 16, dropout: float = 0.0) -> None:
         super().__init__()
-        if not (r >= 1 and 0 < alpha < math.inf):
-            raise ValueError(f"r must be at least 1 and alpha above 0 and finite, got r={r!r}, alpha={alpha!r}")
+        if not (r >= 1 and 0 < alpha < math.inf and 0 <= dropout < 1):
+            raise ValueError(f"r must be >= 1, alpha > 0, 0 <= dropout < 1; got r={r!r}, {alpha=!r}, {dropout=!r}")
         self.lora_dropout = nn.Dropout(dropout)
         self.r, self.scaling, (self.out_features, self.in_features) = r, alpha / r, base.weight.shape
         dtype = torch.promote_types(base.weight.dtype, torch.float32)  # half precision would lose small updates
-        A = nn.init.kaiming_uniform_(base.weight.new_empty(r, self.in_features, dtype=dtype), a=math.sqrt(5))
-        B = base.weight.new_zeros(self.out_features, r, dtype=dtype)
+        A = nn.init.kaiming_uniform_(base.weight.new_empty((r, self.in_features), dtype=dtype), a=math.sqrt(5))
+        B = base.weight.new_zeros((self.out_features, r), dtype=dtype)
         self.lora_A, self.lora_B, self.base = nn.Parameter(A), nn.Parameter(B), base.requires_grad_(False)
         self._added: dict[str, Any] = {}  # inside a perturbation, to W, A or B: a tensor, or noise as (std, start)
         self.train(base.training)
@@ -102,7 +102,7 @@ def inject_lora(
     """Freeze `model`, put a `LoRALinear` in place of each nn.Linear named by `targets`, return the model. `targets`: a
     regular expression for the whole name, or a list of names, where "c_attn" is every "transformer.h.N.attn.c_attn".
     A weight that two modules hold (GPT-2's lm_head and wte) is passed over, to stay tied. Earlier adapters stay.
-    ValueError, before anything is changed: a target matches nothing, or a layer has hooks or a forward of its own."""
+    ValueError, before anything is changed: a target matches nothing, or a layer does more than W x + b."""
     held = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
     linears = {}
     for path, parent in model.named_modules(remove_duplicate=False):  # a layer may have several names
@@ -114,9 +114,9 @@ def inject_lora(
     if not chosen or not all(any(re.fullmatch(p, name) for name in linears) for p in patterns):
         raise ValueError(f"targets must name untied nn.Linear layers, of which there are {[*linears]}; got {targets!r}")
     for layer, name in chosen.items():
-        hooks = any(v for k, v in vars(layer).items() if re.fullmatch("_(for|back)ward_(pre_)?hooks", k))
-        if hooks or getattr(layer.forward, "__func__", None) is not nn.Linear.forward:
-            raise ValueError(f"{name} has hooks or a forward of its own, which an adapter would drop")
+        own = "weight" not in layer._parameters or any(v for k, v in vars(layer).items() if re.match("_.*ward_", k))
+        if own or getattr(layer.forward, "__func__", None) is not nn.Linear.forward:
+            raise ValueError(f"{name} has hooks, a parametrization or its own forward, which an adapter would drop")
     new = {layer: LoRALinear(layer, r, alpha, dropout) for layer in chosen}
     for parent in list(model.modules()):  # listed before the layers get into their adapters
         parent._modules.update({k: new.get(m, m) for k, m in parent._modules.items()})
@@ -128,7 +128,7 @@ def inject_lora(
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # names without those of wrappers
-    layers = {name.replace("_orig_mod.", ""): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    layers = {f"{k}.".replace("_orig_mod.", "")[:-1]: m for k, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError("the model has no LoRALinear layer: call inject_lora first")
     return layers
@@ -152,7 +152,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if unfit := sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name)):
         raise ValueError(f"missing, not in the model or of another shape: {unfit[:3]}, {len(unfit)} in all")
     for name, p in zip(own, lora_parameters(model)):
-        p.copy_(state[name])
+        p.copy_(torch.as_tensor(state[name]))
     torch.clear_autocast_cache()  # as in `_set`
 
 
@@ -234,8 +234,8 @@ class _NoisyLinear(torch.autograd.Function):
         x, weight, std, start = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (N, m)
         noisy = _plus_noise(weight, std, start, reuse=not torch.is_grad_enabled()).to(grad.dtype)  # (m, n)
-        by_weight = rows.T @ x.reshape(len(rows), -1).to(grad.dtype) if ctx.needs_input_grad[1] else None  # (m, n)
-        return grad @ noisy, by_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
+        by_w = rows.T @ x.reshape(-1, weight.shape[1]).to(grad.dtype) if ctx.needs_input_grad[1] else None  # (m, n)
+        return grad @ noisy, by_w, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
 
 
 def _plus_noise(weight: Tensor, std: Tensor, start: Tensor, reuse: bool = False) -> Tensor:
@@ -301,9 +301,9 @@ def _loss(model: nn.Module, loss_fn: Callable, batches: Sequence, optimizer: Any
 
 def _update(optimizer: torch.optim.Optimizer, max_grad_norm: float, scaler: Any = None) -> None:
     scaler = scaler or torch.amp.GradScaler(enabled=False)
-    scaler.unscale_(optimizer)  # before the norm is taken
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm!r}")
+    scaler.unscale_(optimizer)  # before the norm is taken
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
     if not (scaler.is_enabled() or norm.isfinite()):
         raise FloatingPointError(f"the gradient is not finite: its norm is {float(norm)}")

@@ -1,0 +1,65 @@
+"""The front page: its size, its links, the tests that it names, and its code, which runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import flatlora
+import train_gpt2
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", ROOT / "tests" / "README.md", ROOT / "tests" / "evidence" / "README.md"]
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", README, flags=re.S | re.M)
+
+
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= 200 and len(README.split()) <= 1800
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_links_and_named_tests_are_there(page):
+    text = page.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)\s#]+)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in sources, name
+
+
+def test_the_changed_loop_trains_and_merges():
+    """The lines of the diff that are new or stay, on a model with the layers that they name."""
+    (diff,) = blocks("diff")
+    code = "".join(line[1:] for line in diff.splitlines(keepends=True) if line[:1] in "+ ")
+
+    class MyModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.v_proj(self.q_proj(x).tanh())
+
+    batch = {"x": torch.randn(16, 8), "y": torch.randint(8, (16,))}
+    scope = {"torch": torch, "F": F, "MyModel": MyModel, "loader": [batch] * 20, "total_steps": 20, "run": 0}
+    losses = []
+    exec(code.replace("loss.backward()", "loss.backward(); losses.append(loss.item())"), scope | {"losses": losses})
+    assert losses[-1] < losses[0]
+
+
+def test_what_it_names_exists():
+    for name in ("LoRALinear", "inject_lora", "merge_lora", "perturbed", "flat_lora_step", "sam_step", "sharpness"):
+        assert f"`{name}" in README and hasattr(flatlora, name)
+    source = (ROOT / "train_gpt2.py").read_text("utf-8")
+    options = {f"--{name.replace('_', '-')}" for name in vars(train_gpt2.Recipe)} | set(
+        re.findall(r"--[a-z-]+", source)
+    )
+    for command in re.findall(r"python train_gpt2\.py[^`\n]*", README):
+        assert set(re.findall(r"--[a-z-]+", command)) <= options, command
