@@ -232,10 +232,11 @@ def report(found: Mapping[str, Any]) -> str:
         drifts = [f"{value:.0e}" if value else "0" for value in found["drift"][method].values()]
         rows.append([METHODS[method], *(f"{value / largest:.2f}" for value in above), *drifts])
     head = [f"{key}, {depth} bl." for depth in found["memory"] for key in ("peak", "stored")]
+    size = next(iter(found["memory"].values()))["flat"]["table"] / 2**20
     parts += [
         f"Memory above LoRA's, at the peak and stored from forward to backward, with the\n"
         f"largest adapted weight, {largest / 2**20:.1f} MiB, as 1. Goal for Flat-LoRA's peak: 1.3 and its table\n"
-        f"of normals, {found['memory'][depth]['flat']['table'] / 2**20:.0f} MiB. Drift of W after {found['steps']} steps."
+        f"of normals, {size:.0f} MiB. Drift of W after {found['steps']} steps."
     ]
     return "\n\n".join([*parts, table([["", *head, *(f"drift, {name}" for name in DTYPES)], *rows])])
 

@@ -359,8 +359,10 @@ def cost(results: Results) -> str:
 
 
 def printed(results: Results) -> str:
+    """The last two parts of what train_gpt2.py prints: differences to LoRA, and the verdict."""
     path = HERE / "gpt2.json"
-    return f"```\n{json.loads(path.read_text())['report']}\n```" if path.exists() else "Not measured yet."
+    parts = json.loads(path.read_text())["report"].split("\n\n")[-2:] if path.exists() else ["Not measured yet."]
+    return "```\n" + "\n\n".join(parts) + "\n```"
 
 
 def front() -> dict[str, Callable[[Results], str]]:

@@ -1,0 +1,288 @@
+"""train_gpt2.py and files from outside: Hugging Face's GPT-2, its tokenizer, PEFT's adapters, and downloads."""
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import flatlora
+import train_gpt2
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports: nothing here needs a network
+EXTRAS = 'needs the extras interop and gpt2: pip install -e ".[interop,gpt2]"'
+transformers, peft, tiktoken = (pytest.importorskip(n, reason=EXTRAS) for n in ("transformers", "peft", "tiktoken"))
+tokenizers, safetensors = (pytest.importorskip(n, reason=EXTRAS) for n in ("tokenizers", "safetensors.torch"))
+
+NAMES = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "down_proj"]}
+TOKENS = torch.randint(70, (2, 12), generator=torch.Generator().manual_seed(1))  # (B, T)
+SOURCE = Path(flatlora.__file__).read_text("utf-8")
+
+
+def fill(model, std=0.2, names=""):
+    """Every parameter random, biases, norms and B included, so that none can be left out without a trace."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if names in name:
+            p.data = torch.randn(p.shape, generator=generator) * std + ("ln" in name or "norm" in name)
+    return model.eval()
+
+
+def theirs(kind="gpt2", vocab_size=70):
+    if kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+        return fill(transformers.GPT2LMHeadModel(config))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return fill(transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size, num_key_value_heads=1, **sizes)))
+
+
+def ours(kind, folder):
+    """The same as `theirs`, for flatlora."""
+    if kind == "gpt2":
+        theirs().save_pretrained(folder)
+        return train_gpt2.load_gpt2(str(folder), torch.device("cpu"))
+    return theirs(kind)
+
+
+def same(a, b):
+    logits = [getattr(out, "logits", out) for out in (a(TOKENS), b(TOKENS))]  # (B, T, 70) each
+    return torch.allclose(*logits, rtol=0, atol=1e-5)
+
+
+# ---- GPT-2 ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_logits_are_those_of_transformers(name, bare, tmp_path):
+    assert same(ours("gpt2", tmp_path), theirs())
+    state = safetensors.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    if bare:  # the released file: no prefix, no head, the causal mask as a buffer
+        state = {key.removeprefix("transformer."): p for key, p in state.items() if key != "lm_head.weight"}
+        state |= {"h.0.attn.bias": torch.ones(1, 1, 32, 32).tril(), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    (torch.save if "bin" in name else safetensors.save_file)(state, tmp_path / name)
+    model = train_gpt2.load_gpt2(str(tmp_path), torch.device("cpu"))
+    assert same(model, theirs()) and model.lm_head.weight is model.transformer["wte"].weight and not model.training
+
+
+KEY = "transformer.h.1.attn.c_attn"
+OTHER = [
+    ({}, {f"{KEY}.bias": None}, rf"Missing key.*{KEY}\.bias"),
+    ({}, {f"{KEY}.masks": torch.ones(1)}, rf"Unexpected key.*{KEY}\.masks"),
+    ({}, {f"{KEY}.weight": torch.ones(48, 16)}, rf"size mismatch for {KEY}\.weight"),  # as nn.Linear, not as Conv1D
+    ({"n_layer": 3}, {}, r"Missing key.*transformer\.h\.2"),
+    ({"activation_function": "gelu"}, {}, "it is not GPT-2 with .*'activation_function': 'gelu'"),
+    ({"model_type": "llama"}, {}, "it is not GPT-2 with .*'model_type': 'llama'"),
+    ({"layer_norm_epsilon": 1e-6}, {}, "it is not GPT-2 with .*'layer_norm_epsilon': 1e-06"),
+]
+
+
+@pytest.mark.parametrize("config, weights, words", OTHER)
+def test_another_model_is_refused_by_name(config, weights, words, tmp_path):
+    theirs().save_pretrained(tmp_path)
+    changed = json.loads((tmp_path / "config.json").read_text()) | config
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    state = safetensors.load_file(tmp_path / "model.safetensors") | weights
+    safetensors.save_file({k: p for k, p in state.items() if p is not None}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        train_gpt2.load_gpt2(str(tmp_path), torch.device("cpu"))
+
+
+# ---- Text ----------------------------------------------------------------------------------------------------
+ODD = [
+    "",
+    "\n",
+    "naïve Ünïcödé  words,\n\n  they'll 1234 do...  \t",
+    "日本 \u200d🤷🏽‍♀️ \r\n\x00\x85\u3000 x'S  ",
+    SOURCE * 5,
+]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """vocab.json of 600 tokens, learnt from the texts above, and the tokenizer that wrote it."""
+    bpe, folder = tokenizers.ByteLevelBPETokenizer(), tmp_path_factory.mktemp("vocabulary")
+    bpe.train_from_iterator(ODD, 600, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.save_model(str(folder))
+    return folder, bpe
+
+
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
+def test_tokens_are_those_of_the_tokenizers_library(text, vocabulary):
+    encode, decode = train_gpt2.tokenizer(str(vocabulary[0]))
+    for case in (text, f"a{text} {text}b"):  # the last text is longer than the pieces in which it is encoded
+        assert encode(case.encode()) == vocabulary[1].encode(case).ids
+        assert decode(encode(case.encode())) == case.encode()
+
+
+@pytest.mark.parametrize("text", [" " * 10**6, "\n" * 10**6, "x" * 10**5, f"{' ' * 10**5}word\n" * 3], ids="abcd")
+def test_very_long_runs_are_encoded(text, vocabulary):  # on which tiktoken fails
+    encode, decode = train_gpt2.tokenizer(str(vocabulary[0]))
+    assert decode(encode(text.encode())) == text.encode()
+
+
+# ---- The command line ----------------------------------------------------------------------------------------
+@pytest.fixture
+def call(monkeypatch, tmp_path, vocabulary):
+    """The script for a model with a vocabulary in the folder `base`, fine-tuned on the file `text`."""
+    monkeypatch.chdir(tmp_path)
+    theirs(vocab_size=600).save_pretrained("base")
+    Path("base/vocab.json").write_bytes((vocabulary[0] / "vocab.json").read_bytes())
+    Path("text").write_text(SOURCE, "utf-8")
+    words = ["--init=base", "--text", "text", "--block-size=16", "--steps=2", "--lr=0.1", "--r=2", "--methods", "flat"]
+    return lambda *more: (monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *words, *more]), train_gpt2.main())
+
+
+def ending(call, *words):
+    with pytest.raises(SystemExit) as end:
+        call(*words)
+    assert str(end.value).startswith("train_gpt2.py: ") and "\n" not in str(end.value)
+    return str(end.value)
+
+
+def test_a_folder_is_fine_tuned_sampled_and_served_by_peft(call, capsys):
+    call("--peft")
+    content, plain = torch.load("out/flat.pt", weights_only=True), theirs(vocab_size=600)
+    model = train_gpt2.load_gpt2(content["base"], torch.device("cpu"))
+    flatlora.inject_lora(model, 2, 16, targets=train_gpt2.TARGETS)
+    assert same(model, plain)  # B is still zero
+    flatlora.load_lora_state_dict(model, content["adapters"])
+    assert not same(model, plain) and same(model, peft.PeftModel.from_pretrained(plain, "out/flat").eval())
+    Path("base").rename("moved")
+    encode, decode = train_gpt2.tokenizer("moved")
+    text = decode([*(tokens := encode(b"def test")), *train_gpt2.generate(model, tokens, 20)])
+    capsys.readouterr()
+    call("--sample", "out/flat.pt", "--init", "moved", "--prompt", "def test", "--length=20")
+    assert capsys.readouterr().out == text.decode(errors="replace") + "\n"
+
+
+ENCODINGS = [("--text", "utf-16", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte")]
+ENCODINGS += [("--ood", "latin-1", "'utf-8' codec can't decode byte 0xe9 in position 4: invalid continuation byte")]
+ENCODINGS += [("--text", "utf-16-le", "in UTF-8 its byte 1 would not be zero")]
+
+
+@pytest.mark.parametrize("option, encoding, words", ENCODINGS)
+def test_another_encoding_is_named_with_its_place(option, encoding, words, call):
+    Path("other").write_bytes(("José" if "16-" not in encoding else "Jose").join("  " * 99).encode(encoding))
+    assert f"other cannot be used: {words}" in ending(call, option, "other")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "config.json", "vocab.json"])
+def test_a_truncated_file_is_named(file, call):
+    path, weights = Path("base", file), Path("base/model.safetensors")
+    if file == "pytorch_model.bin":
+        torch.save(safetensors.load_file(weights), path)
+        weights.unlink()
+    for size in (path.stat().st_size // 2, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        assert f"base/{file} cannot be used: " in ending(call)
+
+
+@pytest.mark.parametrize("noticed", [False, True])
+def test_a_download_that_is_cut_ends_in_one_line(noticed, call, monkeypatch, tmp_path):
+    class Cut(io.BytesIO):
+        def info(self):
+            return {}
+
+        def read(self, size=-1):
+            if noticed and self.tell():
+                raise ConnectionResetError("reset")
+            return super().read(size)
+
+    monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: Cut(b'{"n_layer": 2,'))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    line = ending(call, "--init", "gpt2-xl")
+    assert ("cannot download https://hugg" if noticed else "gpt2-xl/config.json cannot be used: ") in line
+    assert len([*(tmp_path / "hub").rglob("*.json")]) == (not noticed)
+
+
+@pytest.mark.parametrize("module", ["safetensors.torch", "tiktoken"])
+def test_a_missing_extra_is_named(module, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert ending(call).endswith(f'{module.split(".")[0]} is not installed: pip install -e ".[gpt2]"')
+
+
+# ---- Adapters in PEFT's files --------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", NAMES)
+def test_peft_loads_what_is_saved(kind, tmp_path):
+    model = flatlora.inject_lora(ours(kind, tmp_path), 2, 8, targets=NAMES[kind][:1])
+    fill(flatlora.inject_lora(model, 3, 6, targets=NAMES[kind][1:]), 0.1, "lora_")  # another rank and scaling
+    train_gpt2.save_peft(model, tmp_path, "the base", fan_in_fan_out=kind == "gpt2")
+    loaded = peft.PeftModel.from_pretrained(theirs(kind), tmp_path).eval()
+    assert same(loaded, model) and not same(loaded, theirs(kind))
+
+
+SETTINGS = {"plain": {}, "rslora": {"use_rslora": True}}
+SETTINGS["patterns"] = {"rank_pattern": {".*_proj": 2}, "alpha_pattern": {r".*\.(c_attn|q_proj)": 3}}
+SETTINGS["both"] = {"use_rslora": True, "rank_pattern": {r".*\.1\..*": 5}, "alpha_pattern": {"c_proj|v_proj": 5}}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("kind", NAMES)
+def test_what_peft_trained_is_loaded_trained_on_and_goes_back(kind, settings, tmp_path):
+    more = {"target_modules": NAMES[kind], "fan_in_fan_out": kind == "gpt2", **SETTINGS[settings]}
+    trained = fill(peft.get_peft_model(theirs(kind), peft.LoraConfig(r=4, lora_alpha=6, **more)), 0.1, "lora_")
+    trained.save_pretrained(tmp_path)
+    model = train_gpt2.load_peft(ours(kind, tmp_path), tmp_path)
+    assert same(model, trained) and not same(model, theirs(kind))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == flatlora.lora_state_dict(model).keys()
+    fill(model, 0.2, "lora_")  # in place of training
+    train_gpt2.save_peft(model, tmp_path, "the base", fan_in_fan_out=kind == "gpt2")
+    assert same(peft.PeftModel.from_pretrained(theirs(kind), tmp_path).eval(), model) and not same(model, trained)
+
+
+def test_a_short_name_does_not_lend_its_rank_to_a_longer_one(tmp_path):
+    def make():
+        return fill(nn.Sequential(nn.Embedding(70, 8), nn.Linear(8, 8), nn.Sequential(nn.Tanh(), nn.Linear(8, 8))))
+
+    model = flatlora.inject_lora(flatlora.inject_lora(make(), 3, 5, targets="1"), 2, 5, targets=r"2\.1")
+    train_gpt2.save_peft(fill(model, 0.2, "lora_"), tmp_path, "the base")
+    assert same(peft.PeftModel.from_pretrained(make(), tmp_path).eval(), model) and not same(make(), model)
+    assert same(train_gpt2.load_peft(make(), tmp_path), model)
+
+
+MORE = {"lora_magnitude_vector": {"use_dora": True}, "lm_head": {"modules_to_save": ["lm_head"]}}
+MORE |= {"embed_tokens": {"target_modules": ["embed_tokens", "q_proj"]}, "bias": {"bias": "all"}}
+MORE |= {"pissa": {"init_lora_weights": "pissa"}}
+
+
+@pytest.mark.parametrize("words", MORE)
+def test_more_than_lora_is_refused_by_name(words, tmp_path):
+    base = theirs("llama")
+    base.model.layers[0].self_attn.q_proj.bias = nn.Parameter(torch.ones(16))
+    config = peft.LoraConfig(r=4, **{"target_modules": ["q_proj"], **MORE[words]})
+    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    model = theirs("llama")
+    with pytest.raises(ValueError, match=words):
+        train_gpt2.load_peft(model, tmp_path)
+    assert not any(isinstance(module, flatlora.LoRALinear) for module in model.modules())
+
+
+def test_what_is_trained_beside_the_adapters_is_an_error(tmp_path):
+    model = flatlora.inject_lora(theirs("llama"), 2, targets=["q_proj"])
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'lm_head\.weight'"):
+        train_gpt2.save_peft(model, tmp_path / "adapter", "the base")
+    assert not (tmp_path / "adapter").exists()
+
+
+class Wrapped(nn.parallel.DistributedDataParallel):  # without a group of processes
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module = module
+
+
+WRAPPERS = {"compile": torch.compile, "DataParallel": nn.DataParallel, "DDP": Wrapped}
+WRAPPERS |= {"inside": lambda model: (setattr(model, "model", torch.compile(model.model)), model)[1]}
+WRAPPERS |= {"all": lambda model: Wrapped(torch.compile(WRAPPERS["inside"](model)))}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapper_leaves_no_trace_in_the_names(wrap, tmp_path):
+    model, plain = (fill(flatlora.inject_lora(theirs("llama"), 2, targets=["q_proj"]), 0.1, "lora_") for _ in "ab")
+    train_gpt2.save_peft(WRAPPERS[wrap](model), tmp_path, "the base")
+    loaded = peft.PeftModel.from_pretrained(theirs("llama"), tmp_path).eval()
+    assert same(loaded, plain) and not same(loaded, theirs("llama"))
