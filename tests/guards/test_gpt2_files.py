@@ -23,29 +23,37 @@ TOKENS = torch.randint(70, (2, 12), generator=torch.Generator().manual_seed(1)) 
 SOURCE = Path(flatlora.__file__).read_text("utf-8")
 
 
-def fill(model, std=0.2, names=""):
+def fill(model, std=0.2, part=""):
     """Every parameter random, biases, norms and B included, so that none can be left out without a trace."""
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
-        if names in name:
+        if part in name:
             p.data = torch.randn(p.shape, generator=generator) * std + ("ln" in name or "norm" in name)
     return model.eval()
 
 
-def theirs(kind="gpt2", vocab_size=70):
+def theirs(kind="gpt2", **sizes):
     if kind == "gpt2":
-        config = transformers.GPT2Config(vocab_size, n_positions=32, n_embd=16, n_layer=2, n_head=2)
-        return fill(transformers.GPT2LMHeadModel(config))
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return fill(transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size, num_key_value_heads=1, **sizes)))
+        sizes = {"vocab_size": 70, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, **sizes}
+        return fill(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)))
+    sizes = {
+        "vocab_size": 70,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 1,
+    }
+    return fill(transformers.LlamaForCausalLM(transformers.LlamaConfig(num_attention_heads=2, **sizes)))
+
+
+def load(folder):
+    return train_gpt2.load_gpt2(str(folder), torch.device("cpu"))
 
 
 def ours(kind, folder):
     """The same as `theirs`, for flatlora."""
-    if kind == "gpt2":
-        theirs().save_pretrained(folder)
-        return train_gpt2.load_gpt2(str(folder), torch.device("cpu"))
-    return theirs(kind)
+    theirs(kind).save_pretrained(folder)
+    return load(folder) if kind == "gpt2" else theirs(kind)
 
 
 def same(a, b):
@@ -64,8 +72,7 @@ def test_logits_are_those_of_transformers(name, bare, tmp_path):
         state = {key.removeprefix("transformer."): p for key, p in state.items() if key != "lm_head.weight"}
         state |= {"h.0.attn.bias": torch.ones(1, 1, 32, 32).tril(), "h.1.attn.masked_bias": torch.tensor(-1e4)}
     (torch.save if "bin" in name else safetensors.save_file)(state, tmp_path / name)
-    model = train_gpt2.load_gpt2(str(tmp_path), torch.device("cpu"))
-    assert same(model, theirs()) and model.lm_head.weight is model.transformer["wte"].weight and not model.training
+    assert same(model := load(tmp_path), theirs()) and model.lm_head.weight is model.transformer["wte"].weight
 
 
 KEY = "transformer.h.1.attn.c_attn"
@@ -75,7 +82,6 @@ OTHER = [
     ({}, {f"{KEY}.weight": torch.ones(48, 16)}, rf"size mismatch for {KEY}\.weight"),  # as nn.Linear, not as Conv1D
     ({"n_layer": 3}, {}, r"Missing key.*transformer\.h\.2"),
     ({"activation_function": "gelu"}, {}, "it is not GPT-2 with .*'activation_function': 'gelu'"),
-    ({"model_type": "llama"}, {}, "it is not GPT-2 with .*'model_type': 'llama'"),
     ({"layer_norm_epsilon": 1e-6}, {}, "it is not GPT-2 with .*'layer_norm_epsilon': 1e-06"),
 ]
 
@@ -88,7 +94,7 @@ def test_another_model_is_refused_by_name(config, weights, words, tmp_path):
     state = safetensors.load_file(tmp_path / "model.safetensors") | weights
     safetensors.save_file({k: p for k, p in state.items() if p is not None}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=words):
-        train_gpt2.load_gpt2(str(tmp_path), torch.device("cpu"))
+        load(tmp_path)
 
 
 # ---- Text ----------------------------------------------------------------------------------------------------
@@ -118,7 +124,7 @@ def test_tokens_are_those_of_the_tokenizers_library(text, vocabulary):
         assert decode(encode(case.encode())) == case.encode()
 
 
-@pytest.mark.parametrize("text", [" " * 10**6, "\n" * 10**6, "x" * 10**5, f"{' ' * 10**5}word\n" * 3], ids="abcd")
+@pytest.mark.parametrize("text", [" " * 10**6, "\n" * 10**6, f"{' ' * 10**5}word\n" * 3], ids="abc")
 def test_very_long_runs_are_encoded(text, vocabulary):  # on which tiktoken fails
     encode, decode = train_gpt2.tokenizer(str(vocabulary[0]))
     assert decode(encode(text.encode())) == text.encode()
@@ -146,8 +152,7 @@ def ending(call, *words):
 def test_a_folder_is_fine_tuned_sampled_and_served_by_peft(call, capsys):
     call("--peft")
     content, plain = torch.load("out/flat.pt", weights_only=True), theirs(vocab_size=600)
-    model = train_gpt2.load_gpt2(content["base"], torch.device("cpu"))
-    flatlora.inject_lora(model, 2, 16, targets=train_gpt2.TARGETS)
+    model = flatlora.inject_lora(load(content["base"]), 2, 16, targets=train_gpt2.TARGETS)
     assert same(model, plain)  # B is still zero
     flatlora.load_lora_state_dict(model, content["adapters"])
     assert not same(model, plain) and same(model, peft.PeftModel.from_pretrained(plain, "out/flat").eval())
@@ -160,30 +165,19 @@ def test_a_folder_is_fine_tuned_sampled_and_served_by_peft(call, capsys):
 
 
 ENCODINGS = [("--text", "utf-16", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte")]
-ENCODINGS += [("--ood", "latin-1", "'utf-8' codec can't decode byte 0xe9 in position 4: invalid continuation byte")]
+ENCODINGS += [("--ood", "latin-1", "'utf-8' codec can't decode byte 0xe9 in position 3: invalid continuation byte")]
 ENCODINGS += [("--text", "utf-16-le", "in UTF-8 its byte 1 would not be zero")]
 
 
 @pytest.mark.parametrize("option, encoding, words", ENCODINGS)
 def test_another_encoding_is_named_with_its_place(option, encoding, words, call):
-    Path("other").write_bytes(("José" if "16-" not in encoding else "Jose").join("  " * 99).encode(encoding))
+    Path("other").write_bytes((("Jose " if "16-" in encoding else "José ") * 99).encode(encoding))
     assert f"other cannot be used: {words}" in ending(call, option, "other")
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "config.json", "vocab.json"])
-def test_a_truncated_file_is_named(file, call):
-    path, weights = Path("base", file), Path("base/model.safetensors")
-    if file == "pytorch_model.bin":
-        torch.save(safetensors.load_file(weights), path)
-        weights.unlink()
-    for size in (path.stat().st_size // 2, 0):
-        path.write_bytes(path.read_bytes()[:size])
-        assert f"base/{file} cannot be used: " in ending(call)
-
-
 @pytest.mark.parametrize("noticed", [False, True])
-def test_a_download_that_is_cut_ends_in_one_line(noticed, call, monkeypatch, tmp_path):
-    class Cut(io.BytesIO):
+def test_a_truncated_download_ends_in_one_line(noticed, call, monkeypatch, tmp_path):
+    class Answer(io.BytesIO):
         def info(self):
             return {}
 
@@ -192,11 +186,16 @@ def test_a_download_that_is_cut_ends_in_one_line(noticed, call, monkeypatch, tmp
                 raise ConnectionResetError("reset")
             return super().read(size)
 
-    monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: Cut(b'{"n_layer": 2,'))
+    def urlopen(request, **_):
+        content = Path("base", request.full_url.rpartition("/")[2]).read_bytes()
+        return Answer(content[: -100 if b"transformer" in content[:1000] and content[:1] != b"{" else None])
+
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    line = ending(call, "--init", "gpt2-xl")
-    assert ("cannot download https://hugg" if noticed else "gpt2-xl/config.json cannot be used: ") in line
-    assert len([*(tmp_path / "hub").rglob("*.json")]) == (not noticed)
+    words = (
+        "config.json (reset): --init DIR takes" if noticed else "hub/flatlora/gpt2/model.safetensors cannot be used: "
+    )
+    assert words in ending(call, "--init", "gpt2")
 
 
 @pytest.mark.parametrize("module", ["safetensors.torch", "tiktoken"])
@@ -238,7 +237,7 @@ def test_a_short_name_does_not_lend_its_rank_to_a_longer_one(tmp_path):
     def make():
         return fill(nn.Sequential(nn.Embedding(70, 8), nn.Linear(8, 8), nn.Sequential(nn.Tanh(), nn.Linear(8, 8))))
 
-    model = flatlora.inject_lora(flatlora.inject_lora(make(), 3, 5, targets="1"), 2, 5, targets=r"2\.1")
+    model = flatlora.inject_lora(flatlora.inject_lora(make(), 2, 5, targets=r"2\.1"), 3, 5, targets="1")
     train_gpt2.save_peft(fill(model, 0.2, "lora_"), tmp_path, "the base")
     assert same(peft.PeftModel.from_pretrained(make(), tmp_path).eval(), model) and not same(make(), model)
     assert same(train_gpt2.load_peft(make(), tmp_path), model)
@@ -251,11 +250,10 @@ MORE |= {"pissa": {"init_lora_weights": "pissa"}}
 
 @pytest.mark.parametrize("words", MORE)
 def test_more_than_lora_is_refused_by_name(words, tmp_path):
-    base = theirs("llama")
+    base, model = theirs("llama"), theirs("llama")
     base.model.layers[0].self_attn.q_proj.bias = nn.Parameter(torch.ones(16))
     config = peft.LoraConfig(r=4, **{"target_modules": ["q_proj"], **MORE[words]})
     peft.get_peft_model(base, config).save_pretrained(tmp_path)
-    model = theirs("llama")
     with pytest.raises(ValueError, match=words):
         train_gpt2.load_peft(model, tmp_path)
     assert not any(isinstance(module, flatlora.LoRALinear) for module in model.modules())
@@ -275,14 +273,10 @@ class Wrapped(nn.parallel.DistributedDataParallel):  # without a group of proces
         self.module = module
 
 
-WRAPPERS = {"compile": torch.compile, "DataParallel": nn.DataParallel, "DDP": Wrapped}
-WRAPPERS |= {"inside": lambda model: (setattr(model, "model", torch.compile(model.model)), model)[1]}
-WRAPPERS |= {"all": lambda model: Wrapped(torch.compile(WRAPPERS["inside"](model)))}
-
-
-@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: Wrapped(torch.compile(model))])
 def test_a_wrapper_leaves_no_trace_in_the_names(wrap, tmp_path):
     model, plain = (fill(flatlora.inject_lora(theirs("llama"), 2, targets=["q_proj"]), 0.1, "lora_") for _ in "ab")
-    train_gpt2.save_peft(WRAPPERS[wrap](model), tmp_path, "the base")
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    train_gpt2.save_peft(wrap(model), tmp_path, "the base")
     loaded = peft.PeftModel.from_pretrained(theirs("llama"), tmp_path).eval()
     assert same(loaded, plain) and not same(loaded, theirs("llama"))
