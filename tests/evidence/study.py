@@ -311,8 +311,8 @@ def ablation(results: Results) -> str:
 
 def asked_and_found(results: Results) -> list[list[str]]:
     """Claim, task, verdict, n and change of all CLAIMS, with intervals by Holm's correction over all of them."""
-    names = [name for name in measured(results, "compare", "ablate") if name != "toy"]
-    asked = [(name, *claim) for claim in CLAIMS for name in names]
+    names = [name for name in measured(results, "compare") if name != "toy"]
+    asked = [(name, *claim) for claim in CLAIMS for name in names if values(results, name, *claim[:2])]
     found = [differences(results, name, row, against, metric) for name, row, metric, against in asked]
     levels = holm_levels([estimate(pairs).p for pairs in found])
     body = []
@@ -333,14 +333,10 @@ def claims(results: Results) -> str:
 
 
 def findings(results: Results) -> str:
-    """The claims of the front page, at the level that Holm's correction over all claims of `claims` leaves."""
-    names = [name for name in measured(results, "compare", "ablate") if name != "toy"]
-    by = {(claim, name): (verdict, n, change) for claim, name, verdict, n, change in asked_and_found(results)}
-    body = []
-    for row, metric, against in FRONT:
-        claim = f"{row}: {CLAIMED[metric]} than {against}"
-        body.append([claim, *(f"{by[claim, name][0]} ({by[claim, name][2]})" for name in names)])
-    return markdown(["claim", *(f"{name}, n = {by[claim, name][1]}" for name in names)], body)
+    """The claims of the front page, at the level that Holm's correction over all claims leaves."""
+    chosen = [f"{row}: {CLAIMED[metric]} than {against}" for row, metric, against in FRONT]
+    head = ["claim", "task", "verdict", "n", "change, corrected interval"]
+    return markdown(head, [row for row in asked_and_found(results) if row[0] in chosen], words=3)
 
 
 def cost(results: Results) -> str:
