@@ -45,8 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_thread = threading.local()  # memory that each thread keeps for W + eps
-_tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # see `_table`
+_thread, _tables = threading.local(), dict[tuple[torch.dtype, torch.device], Tensor]()  # see `_plus_noise`
 
 
 class LoRALinear(nn.Module):
@@ -202,6 +201,7 @@ def perturbed(model: nn.Module, sigma: float, seed: Any, space: str = "full") ->
         for name, p in layer._points(space).items():
             bits = torch.frombuffer(bytearray(generator.randbytes(8 * len(p))), dtype=torch.int64).to(p.device)
             noise[-1][name] = filter_std(p.detach(), sigma) * bits.sign()[:, None], bits % 2**22  # (m, 1), (m,)
+            del p  # W' is not to live on inside
     with _set(layers, noise):
         yield
 

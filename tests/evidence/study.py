@@ -311,7 +311,7 @@ def ablation(results: Results) -> str:
 
 def asked_and_found(results: Results) -> list[list[str]]:
     """Claim, task, verdict, n and change of all CLAIMS, with intervals by Holm's correction over all of them."""
-    names = [name for name in measured(results, "compare") if name != "toy"]
+    names = measured(results, "compare")
     asked = [(name, *claim) for claim in CLAIMS for name in names if values(results, name, *claim[:2])]
     found = [differences(results, name, row, against, metric) for name, row, metric, against in asked]
     levels = holm_levels([estimate(pairs).p for pairs in found])
@@ -334,9 +334,11 @@ def claims(results: Results) -> str:
 
 def findings(results: Results) -> str:
     """The claims of the front page, at the level that Holm's correction over all claims leaves."""
-    chosen = [f"{row}: {CLAIMED[metric]} than {against}" for row, metric, against in FRONT]
-    head = ["claim", "task", "verdict", "n", "change, corrected interval"]
-    return markdown(head, [row for row in asked_and_found(results) if row[0] in chosen], words=3)
+    names = measured(results, "compare")
+    found = {(words, name): f"{verdict}, {change}" for words, name, verdict, _, change in asked_and_found(results)}
+    claims = [f"{row}: {CLAIMED[metric]} than {against}" for row, metric, against in FRONT]
+    head = ["claim", *(f"{name}, n = {len(values(results, name, 'LoRA', 'test_loss'))}" for name in names)]
+    return markdown(head, [[words, *(found.get((words, name), "not measured") for name in names)] for words in claims])
 
 
 def cost(results: Results) -> str:
