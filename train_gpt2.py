@@ -6,10 +6,9 @@
     python train_gpt2.py --sample out/flat.pt --prompt "def "
     torchrun --nproc-per-node 2 -- train_gpt2.py  # several processes
 
-The bare command pre-trains a small byte-level GPT-2 on the text of Python's
-help(), once, and fine-tunes it on the source code of the package email with each
-method, under three seeds. A stopped or killed run goes on by the same command,
-bit for bit. The model is that of https://github.com/karpathy/nanoGPT.
+The bare command pre-trains a small GPT-2 (https://github.com/karpathy/nanoGPT)
+on the text of Python's help(), once, and fine-tunes it on the package email by
+each method under three seeds. A stopped run goes on by the same command.
 """
 
 from __future__ import annotations
@@ -218,7 +217,8 @@ def save_peft(model: nn.Module, folder: str | Path, base_model: str, fan_in_fan_
     names = [key.removesuffix(".lora_A") for key in state if key.endswith("lora_A")]
     ranks, alphas = [layer.r for layer in layers], [layer.scaling * layer.r for layer in layers]
     config: dict[str, Any] = {"peft_type": "LORA", "base_model_name_or_path": base_model, "inference_mode": True}
-    config |= {"target_modules": names, "fan_in_fan_out": fan_in_fan_out, "r": ranks[0], "lora_alpha": alphas[0]}
+    exact = "|".join(map(re.escape, names))  # of a list, PEFT would take "1" for the end of "3.1" too
+    config |= {"target_modules": exact, "fan_in_fan_out": fan_in_fan_out, "r": ranks[0], "lora_alpha": alphas[0]}
     for key, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):  # without ^ "0" would fit "1.0" too
         config[key] = {f"^{re.escape(name)}": v for name, v in zip(names, values) if v != values[0]}
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -81,8 +81,9 @@ def test_each_row_is_a_window_of_the_table_with_a_start_and_a_sign_of_its_own():
     start, sign, pairs = torch.cat(starts), torch.cat(signs), 200 * m * (m - 1) / 2
     assert start.max() > 1 - n / 2**22  # so a window past the end was among them
     assert abs(near - pairs * 2 * n / 2**22) < 5 * math.sqrt(pairs * 2 * n / 2**22) and equal <= 8  # 1.6 are expected
-    for uniform in (sign, sign * (start - 0.5) * 12**0.5, (start - 0.5) * 12**0.5):  # each of mean 0 and variance 1
-        assert abs(uniform.mean()) < 5 / math.sqrt(len(start)) and abs(uniform.std() - 1) < 5 / math.sqrt(len(start))
+    uniform, odd = (start - 0.5) * 12**0.5, start * 2**22 % 2 * 2 - 1
+    for each in (sign, uniform, odd, sign * uniform, sign * odd):  # of mean 0 and variance 1
+        assert abs(each.mean()) < 5 / math.sqrt(len(start)) and abs(each.std() - 1) < 5 / math.sqrt(len(start))
 
 
 def test_layers_and_steps_draw_independently():
@@ -222,9 +223,8 @@ def test_loss_gradients_and_gradient_penalty_are_those_of_the_dense_weight(how, 
 @pytest.mark.parametrize("computed_in", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_and_autocast_stay_within_their_rounding_of_the_dense_gradient(computed_in, autocast):
-    dtype = torch.float32 if autocast else computed_in
-    layer = ref.in_training(LoRALinear(nn.Linear(192, 256).to(dtype), r=3))
-    x, eps = torch.randn(32, 192).to(dtype).requires_grad_(), ref.draw(layer, 0.3, seed=0)[""].double()
+    layer = ref.in_training(LoRALinear(nn.Linear(192, 256).to(torch.float32 if autocast else computed_in), r=3))
+    x, eps = torch.randn(32, 192).to(layer.base.weight).requires_grad_(), ref.draw(layer, 0.3, seed=0)[""].double()
     with perturbed(layer, 0.3, seed=0), torch.autocast("cpu", computed_in, enabled=autocast):
         out = layer(x)
     given = torch.autograd.grad(out.float().square().sum(), [x, layer.lora_A])  # after the context, which is allowed
@@ -232,6 +232,7 @@ def test_half_precision_and_autocast_stay_within_their_rounding_of_the_dense_gra
     dense = ref.dense_call(nn.Linear(192, 256).double(), exact, {"": eps}, exact_x)
     expected = torch.autograd.grad(dense.square().sum(), [exact_x, exact.lora_A])
     assert out.dtype == computed_in
+    assert (filter_std(layer.weight, 1) / filter_std(layer.weight.double(), 1) - 1).abs().max() < 1e-5
     for a, b in zip([out, *given], [dense, *expected]):
         assert (a - b).norm() / b.norm() < 8 * torch.finfo(computed_in).eps
 

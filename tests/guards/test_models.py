@@ -72,6 +72,7 @@ def test_conv1d_is_no_linear_layer():
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4 does not see that a module has changed")
 @pytest.mark.parametrize("shape", [(5, 12), (2, 5, 12)], ids=str)
 def test_a_compiled_layer_equals_the_eager_one(shape):
     layer, x = ref.in_training(flatlora.LoRALinear(nn.Linear(12, 6), r=2, alpha=6)), torch.randn(shape)

@@ -1,0 +1,56 @@
+"""What the tests of train_gpt2.py share: tiny runs of it in this process."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flatlora
+import train_gpt2
+
+TINY = ["--n-layer=1", "--n-embd=16", "--block-size=16", "--batch-size=2", "--r=2", "--eval-windows=4", "--lr=0.05"]
+TINY += ["--pretrain-steps=2", "--steps=3", "--seeds=1", "--methods"]
+
+
+def run(out, *words):
+    """The steps that were taken, as (function, trained parameters before it, batches, settings)."""
+    steps, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes that the tests start, since more of them round differently
+    with pytest.MonkeyPatch.context() as patch:
+        for own in (flatlora.flat_lora_step, flatlora.sam_step):
+
+            def step(model, loss_fn, batches, optimizer, *settings, own=own, **more):
+                before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+                steps.append((own.__name__, before, batches, settings))
+                return own(model, loss_fn, batches, optimizer, *settings, **more)
+
+            patch.setattr(flatlora, own.__name__, step)
+        patch.setattr(sys, "argv", ["train_gpt2.py", "--out", str(out), *map(str, words)])
+        try:
+            train_gpt2.main()
+        finally:
+            torch.set_num_threads(threads)
+    return steps
+
+
+def ending(out, *words):
+    """The one line in which the run ends."""
+    with pytest.raises(SystemExit) as end:
+        run(out, *words)
+    line = str(end.value).removeprefix("\n")
+    assert line.startswith("train_gpt2.py: ") and "\n" not in line
+    return line
+
+
+def results(out):
+    return json.loads(Path(out, "results.json").read_text())
+
+
+def base_of(out):
+    """The base that a run TINY pre-trained."""
+    (file,) = Path(out).glob("base-*.pt")
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(1, 1, 16, 16)).eval()
+    model.load_state_dict(torch.load(file, weights_only=True)["trained"], strict=False)  # lm_head is wte
+    return model
