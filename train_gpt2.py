@@ -507,7 +507,7 @@ def compare(args: argparse.Namespace) -> None:
             base, name = train(base, "full", data["pretrain"], pretraining, 0, file, bar)[0], file.name
     runs.append({"method": "base", "seed": 0, **measure(base, data, *shape)})
     with tqdm(total=args.seeds * len(args.methods) * args.steps, leave=False, disable=RANK > 0) as bar:
-        for seed, method in [(seed, method) for seed in range(args.seeds) for method in args.methods]:
+        for seed, method in [(seed, method) for seed in range(args.seeds) for method in dict.fromkeys(args.methods)]:
             bar.set_description(f"{method}, seed {seed}")
             files.append(run_file(args.out, base, method, data["train"], recipe, seed))
             model, seconds = train(base, method, data["train"], recipe, seed, files[-1], bar)

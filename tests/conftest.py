@@ -3,4 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+torch.set_num_threads(1)  # the models are tiny, and beside a busy process a second thread is waited for

@@ -59,7 +59,7 @@ def test_targets_are_names_or_one_expression_and_a_tied_weight_is_passed_over():
 
     assert adapted(["attn"]) == ["h.0.attn", "h.1.attn"]
     assert adapted(["1.mlp", "0.attn"]) == ["h.0.attn", "h.1.mlp"]
-    assert adapted(r".*\.0\.(attn|mlp)") == ["h.0.attn", "h.0.mlp"]
+    assert adapted(r".*\.0\.(attn|mlp)|attn") == ["h.0.attn", "h.0.mlp"]  # "attn" alone is nobody's whole name
     assert adapted(".*") == ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"]  # not the head: an adapter would untie it
 
 

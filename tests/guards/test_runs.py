@@ -74,7 +74,7 @@ def cut(folder, place, number, count):
 
 
 CUTS = [("inside", "SIGKILL", 4), ("inside", "SIGKILL", 53), ("after", "SIGKILL", 14)]  # the 53rd is results.json
-CUTS += [("after", "SIGINT", 22), ("after", "SIGTERM", 36)]
+CUTS += [("after", "SIGINT", 19), ("after", "SIGTERM", 36)]
 
 
 @POSIX
