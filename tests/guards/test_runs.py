@@ -89,17 +89,6 @@ def test_the_same_command_goes_on_bit_for_bit(place, number, count, whole, tmp_p
     assert (*same, names - torn) == outcome(whole)
 
 
-@POSIX
-@pytest.mark.slow
-def test_killed_again_and_again_it_ends_as_if_it_had_not_been(whole, tmp_path):
-    saved = 0
-    while saved < 40:
-        before, saved = saved, cut(tmp_path, "after", "SIGKILL", 4)
-        assert saved > before
-    assert len(run(tmp_path / "out", *LONG)) == 6 * 8 - saved
-    assert outcome(tmp_path / "out")[:2] == outcome(whole)[:2]
-
-
 def test_a_run_goes_on_from_nothing_but_an_equal_run(tmp_path):
     def sam_step(*_, **__):
         signal.raise_signal(signal.SIGINT)

@@ -39,16 +39,10 @@ def test_help_fits_two_screens_and_shows_every_option(monkeypatch, capsys, tmp_p
 
 
 WRONG = {
-    "--sigma -1": "sigma must be a finite number >= 0, got -",
     "--rho nan --methods sam": "rho must be a finite number >= 0, got nan",
-    "--alpha 0": "alpha > 0",
-    "--lr -1": "-1.0",
-    "--lora-dropout 2 --methods dropout": "2.0",
     "--out SHORT": "SHORT",
-    "--out SHORT/below": "SHORT",
     "--text nowhere": "nowhere cannot be used: [Errno 2] No such file",
     "--text SHORT": "--block-size must be below 8 for the val text",
-    "--ood SHORT --block-size 40": "--block-size must be below 40 for the ood text",
     "--data nowhere": "train.bin cannot be used: [Errno 2] No such file",
     "--data BINS": "the train text has the token 299, the model only 256 of them",
     "--data ODD": "train.bin cannot be used: ",
@@ -56,7 +50,6 @@ WRONG = {
     "--sample nowhere.pt": "nowhere.pt cannot be used: [Errno 2] No such file",
     # of argparse, after the usage
     "--r 0": "--r: must be at least 1, got 0",
-    "--seeds x": "--seeds: invalid count value: 'x'",
     "--rr 1": "unrecognized arguments: --rr 1",
     "--text SHORT --data BINS": "--data: not allowed with argument --text",
 }
@@ -143,13 +136,11 @@ def synthetic(method, losses, passes=2):
 LORA = synthetic("lora", [10.0, 20.0, 30.0])
 VERDICTS = {  # gaps with a standard deviation of 0.1; the t of three values is 4.303, and 4.303 * 0.1 / sqrt(3) = 0.248
     "flat lower by 0.300 +-0.248 at 2 passes": LORA + synthetic("flat", [9.6, 19.7, 29.8]),
-    "flat higher by 0.300 +-0.248 at 2 passes": LORA + synthetic("flat", [10.2, 20.3, 30.4]),
     "sam-full the same within the interval at 2 passes": LORA + synthetic("sam-full", [9.9, 19.8, 29.7]),
     "flat higher by 0.300 +-0.248, sam lower by 9.000 +-0.000 at 2 passes": LORA
     + synthetic("flat", [10.2, 20.3, 30.4], passes=1)
     + synthetic("sam", [1.0, 11.0, 21.0]),
     "": LORA[:1] + synthetic("flat", [0.5]),
-    " ": synthetic("flat", [0.5, 0.6]) + synthetic("sam", [0.1, 0.2]),
 }
 
 
@@ -214,14 +205,3 @@ def test_learning_rate_by_hand():
     rates = [train_gpt2.learning_rate(step, 20, 1.0) for step in (0, 1, 2, 11, 20)]  # a warm-up of two steps
     assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 0.55, 0.1])
     assert train_gpt2.learning_rate(99, 5000, 1.0) == pytest.approx(100 / 101)  # of at most a hundred
-
-
-def test_generation_repeats_and_leaves_the_global_generator_alone():
-    torch.manual_seed(0)
-    model, state, tokens = train_gpt2.GPT(train_gpt2.GPTConfig(1, 1, 16, 8)), torch.get_rng_state(), list(b"ab")
-    model.transformer["wpe"].weight.data.mul_(50)  # else it repeats its last token
-    texts = [train_gpt2.generate(model, tokens, 30, seed) for seed in (0, 0, 1)]
-    assert texts[0] == texts[1] != texts[2] and torch.equal(torch.get_rng_state(), state)
-    for _ in range(30):
-        tokens.append(int(model(torch.tensor([tokens[-8:]]))[0, -1].argmax()))
-    assert train_gpt2.generate(model, b"ab", 30, top_k=1) == tokens[2:]

@@ -52,15 +52,6 @@ def test_verdict_follows_the_interval():
         assert first in text.splitlines()[0] and last in text.splitlines()[-1]
 
 
-def test_landscape_puts_each_letter_at_its_height():
-    columns = [f"{space}_{sigma}" for space in train_toy.SPACES for sigma in train_toy.STRENGTHS]
-    rises = {column: level / 4 for column, level in zip(columns, [-5, *range(2, 13)])}
-    rows = train_toy.chart({"flat": rises, "lora": rises}).splitlines()[-2:0:-1]  # from 0 up
-    for i, rise in enumerate(rises.values()):
-        row = rows[max(0, round(4 * rise))]
-        assert float(row[:5]) == max(0, rise) and row[8 + 5 * i + 2 * (i // 4) :].startswith("FL")
-
-
 def test_interval_is_students():
     """The density of t with k degrees of freedom, at t = sqrt(k) tan(angle), is cos(angle)^(k - 1)."""
     angle = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
