@@ -44,12 +44,16 @@ OPTION = {  # the strength that is tuned beside the learning rate
     "Flat-LoRA, constant": "sigma",
     "SAM": "rho",
 }
-RATES = {"movies": (7e-4, 1.4e-3, 2.8e-3), "packages": (1e-3, 2e-3, 4e-3, 8e-3), "toy": (3.5e-4, 7e-4, 1.4e-3, 2.8e-3)}
-DROPOUTS = (0.1, 0.3, 0.6)
+RATES = {
+    "movies": (7e-4, 1.4e-3, 2.8e-3),
+    "packages": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "toy": (3.5e-4, 7e-4, 1.4e-3, 2.8e-3, 5.6e-3),
+}
+SIGMAS, DROPOUTS = (0.05, 0.15, 0.45), (0.1, 0.3, 0.6)
 STRENGTHS = {  # each with each rate; LoRA gets as many learning rates in the same range
-    "movies": {"dropout": DROPOUTS, "weight_decay": (1, 4, 16), "sigma": (0.05, 0.15, 0.45), "rho": (0.05, 0.15, 0.45)},
-    "packages": {"dropout": DROPOUTS, "weight_decay": (0.3, 1, 3), "sigma": (0.05, 0.15, 0.45), "rho": (0.1, 0.3, 0.9)},
-    "toy": {"dropout": DROPOUTS, "weight_decay": (1, 4, 16), "sigma": (0.1, 0.3, 0.9), "rho": (0.1, 0.3, 0.9)},
+    "movies": {"dropout": DROPOUTS, "weight_decay": (1, 4, 16), "sigma": SIGMAS, "rho": (0.05, 0.15, 0.45)},
+    "packages": {"dropout": DROPOUTS, "weight_decay": (0.5, 2, 8), "sigma": SIGMAS, "rho": (0.15, 0.45, 1.35)},
+    "toy": {"dropout": (0.2, 0.5, 0.8), "weight_decay": (1, 4, 16), "sigma": SIGMAS, "rho": (0.1, 0.3, 0.9)},
 }
 SEEDS = {"movies": (2, 10), "packages": (2, 10), "toy": (5, 20)}  # in tuning, and in the results
 

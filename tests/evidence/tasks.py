@@ -86,7 +86,7 @@ class Classifier(nn.Module):
 
 
 class Movies:
-    """500 snippets to train on, drawn per seed, and 500 for the test; 200 of each other domain.
+    """500 snippets to train on, drawn per seed, and 400 for the test; 200 of each other domain.
 
     The label is the sign of the mean human rating (from -4 to 4), where that is at least 0.5 in size. The first 3,000
     movie snippets of a fixed order are for tuning alone. The base's own dropout is off, in all methods.
@@ -137,7 +137,7 @@ class Movies:
         random = np.random.default_rng([seed, tuning])
         pools = [self.data[0][:3000] if tuning else self.data[0][3000:], *self.data[1:]]
         movies, *others = [[pool[i] for i in random.permutation(len(pool))] for pool in pools]
-        train, test = movies[:500], movies[500:1000]
+        train, test = movies[:500], movies[500:900]
         order = np.concatenate([random.permutation(500) for _ in range(self.steps * self.batch // 500 + 1)])
         chunks = order[: self.steps * self.batch].reshape(-1, 4 * self.batch)
         steps = [step for chunk in chunks for step in self.batches([train[i] for i in chunk], self.batch)]
@@ -157,12 +157,12 @@ class Movies:
 
 
 class Packages:
-    """Up to 50 kB of a package: of every file three fifths to train, one for validation, one for the test.
+    """Up to 20 kB of a package: of every file three fifths to train, one for validation, one for the test.
 
     The other domain is the test part of the next package.
     """
 
-    r, alpha, steps, batch, block, samples = 16, 32, 150, 16, 64, 8
+    r, alpha, steps, batch, block, samples = 16, 32, 300, 8, 64, 8
     names = ("asyncio", "unittest", "multiprocessing", "importlib", "http")
     names += ("urllib", "logging", "json", "wsgiref", "concurrent.futures")
     tuning_names = ("email", "xml.dom")
@@ -186,8 +186,8 @@ class Packages:
 
     def package(self, name: str) -> dict[str, Tensor]:
         files: list[bytes] = []
-        for size in range(1000, 40_000, 1000):  # as much of each file as makes 50 kB
-            if sum(map(len, files)) < 50_000:
+        for size in range(500, 40_000, 500):  # as much of each file as makes 20 kB
+            if sum(map(len, files)) < 20_000:
                 files = train_gpt2.package_sources(name, size)
         return {key: self.tokens(text) for key, text in train_gpt2.split(files).items()}
 
