@@ -13,7 +13,7 @@ from typing import Any
 from stats import estimate
 from study import HERE, Results, differences, load_results, values
 
-PASSES = {"dropout": 1, "weight decay": 1, "Flat-LoRA": 1, "Flat-LoRA, twice the noise": 1, "SAM": 2}  # per step
+PASSES = {"dropout": 1, "weight decay": 1, "Flat-LoRA": 1, "Flat-LoRA, LoRA's rate": 1, "SAM": 2}  # per step
 TASKS = {"movies": "MiniLM, film reviews", "packages": "small GPT-2, source code"}
 PANELS = {"test_loss": "Test", "other_loss": "Other domains"}
 COLOURS = {"light": ("white", "#24292f", "#0969da", "#bc4c00"), "dark": ("#0d1117", "#e6edf3", "#58a6ff", "#f0883e")}
@@ -24,7 +24,7 @@ def draw(pyplot: Any, results: Results, theme: str) -> None:
     back, ink, *task_colours = COLOURS[theme]
     style = {key: ink for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")}
     with pyplot.rc_context(style | {"figure.facecolor": back, "axes.facecolor": back, "font.size": 9}):
-        figure, panels = pyplot.subplots(1, 2, figsize=(7.4, 3.2), sharey=True, layout="constrained")
+        figure, panels = pyplot.subplots(1, 2, figsize=(7.4, 3.4), sharey=True, layout="constrained")
         for panel, (metric, title) in zip(panels, PANELS.items()):
             measured = [(name, label) for name, label in TASKS.items() if "compare" in results.get(name, {})]
             for shift, colour, (name, label) in zip((-0.15, 0.15), task_colours, measured):
@@ -35,11 +35,11 @@ def draw(pyplot: Any, results: Results, theme: str) -> None:
                 panel.errorbar(means, places, xerr=halves, fmt="o", color=colour, markersize=4, capsize=2, label=label)
             panel.axvline(0, color=ink, linewidth=0.8)
             panel.set_title(title)
-            panel.set_xlabel("change of the loss against LoRA, % (left is better)")
+            panel.set_xlabel("loss against LoRA's, % (left is better)")
             panel.spines[["top", "right"]].set_visible(False)
         words = [f"{row}\n{count} pass{'es' * (count > 1)} per step" for row, count in PASSES.items()]
         panels[0].set_yticks(range(len(PASSES)), words)
-        panels[0].invert_yaxis()
+        panels[0].set_ylim(len(PASSES) - 0.6, -0.4)  # from the top down
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         figure.savefig(HERE / f"change-{theme}.png", dpi=130)
         pyplot.close(figure)
