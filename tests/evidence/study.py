@@ -342,7 +342,8 @@ def findings(results: Results, claims: Sequence[Claim] = FRONT) -> str:
     names = measured(results, "compare")
     found = {(words, name): f"{verdict}, {change}" for words, name, verdict, change in asked_and_found(results)}
     head = ["claim", *(f"{name}, n = {len(values(results, name, 'LoRA', 'test_loss'))}" for name in names)]
-    return markdown(head, [[worded(c), *(found.get((worded(c), name), "not measured") for name in names)] for c in claims])
+    body = [[words, *(found.get((words, name), "not measured") for name in names)] for words in map(worded, claims)]
+    return markdown(head, body)
 
 
 def all_findings(results: Results) -> str:
