@@ -121,7 +121,7 @@ def work(job: tuple[str, str, str, Setting, int, bool]) -> dict[str, Any]:
     name, stage, row, setting, seed, quick = job
     changed = {key: value for key, value in asdict(setting).items() if key == "lr" or value != getattr(Setting, key)}
     result = tasks.run(name, setting, seed, tuning=stage == "tune", quick=quick)
-    needed = {*SHOWN[name], *DAMAGED, *SHARPNESS, "val_loss", "seconds"}
+    needed = {*SHOWN[name], *DAMAGED, *SHARPNESS, "sharp_full", "val_loss", "seconds"}
     metrics = {key: value for key, value in result.items() if key in needed}
     return {"row": row, "seed": seed, "setting": changed, **metrics}
 
@@ -189,7 +189,6 @@ SHOWN = {
 }
 DAMAGED = ("rise_8_bits", "rise_4_bits", "rise_3_bits", "rise_pruned")
 SHARPNESS = {
-    "sharp_full": "noise 0.1 on W'",
     "sharp_lora": "noise 0.3 on A, B",
     "sharp_matched": "as large, on W'",
 }
@@ -277,12 +276,17 @@ def changes(results: Results, name: str, stage: str, metrics: Sequence[str], fir
     return body
 
 
-def comparison(name: str, metrics: Sequence[str], results: Results) -> str:
+def comparison(name: str, results: Results) -> str:
     if name not in measured(results, "compare"):
         return "Not measured yet."
-    head = ["change against LoRA", *(METRICS[metric][0] for metric in metrics)]
-    said = caption(results, "compare", [name]) if metrics == SHOWN[name] else ""
-    return markdown(head, changes(results, name, "compare", metrics)) + said
+    head = [f"{name}, change against LoRA", *(METRICS[metric][0] for metric in SHOWN[name])]
+    return markdown(head, changes(results, name, "compare", SHOWN[name])) + caption(results, "compare", [name])
+
+
+def damaged(results: Results) -> str:
+    metrics, names = (*DAMAGED, "sharp_full"), measured(results, "compare")
+    body = [[name, *row] for name in names for row in changes(results, name, "compare", metrics)]
+    return markdown(["task", "change against LoRA", *(METRICS[metric][0] for metric in metrics)], body, words=2)
 
 
 def settings(results: Results) -> str:
@@ -303,7 +307,7 @@ def flatness(results: Results) -> str:
     """Means with 95 % intervals, not differences: the columns are there to be compared too."""
     body = []
     for name in measured(results, "compare"):
-        for row in dict.fromkeys(run["row"] for run in results[name]["compare"]["runs"]):
+        for row in ("LoRA", "Flat-LoRA", "SAM"):
             found = [estimate(values(results, name, row, metric)) for metric in SHARPNESS]
             body.append([name, row, *(f"{one.mean:.4f} ±{one.half:.4f}" for one in found)])
     return markdown(["task", "method", *SHARPNESS.values()], body, words=2)
@@ -355,8 +359,6 @@ def all_findings(results: Results) -> str:
 
 def cost(results: Results) -> str:
     """Of the benchmark, the rows and shapes for the front page."""
-    if not (HERE / "cost.json").exists():
-        return "Not measured yet."
     found = json.loads((HERE / "cost.json").read_text())
     largest, (memory,) = 16 * found["cell"]["width"] ** 2, list(found["memory"].values())[:1]
     body = []
@@ -366,6 +368,13 @@ def cost(results: Results) -> str:
         body.append([label, *times, f"{above:.2f}", f"{100 * found['drift'][method]['bf16']:.2g} %"])
     head = ["", *COST_SHAPES, "memory", f"drift, {found['steps']} steps"]
     return f"{markdown(head, body)}\n\n{found['machine']}."
+
+
+def all_costs(results: Results) -> str:
+    """What the benchmark printed."""
+    from bench_cost import report  # imports PEFT, where it is installed, which takes a while
+
+    return f"```\n{report(json.loads((HERE / 'cost.json').read_text()))}\n```"
 
 
 def printed(results: Results) -> str:
@@ -382,12 +391,9 @@ def front() -> dict[str, Callable[[Results], str]]:
 
 def blocks() -> dict[str, Callable[[Results], str]]:
     """The tables of README.md: between `<!-- table NAME -->` and `<!-- end -->`."""
-    found: dict[str, Callable[[Results], str]] = {"claims": all_findings, "settings": settings}
-    found |= {"flatness": flatness, "ablation": ablation}
-    for name in SEEDS:
-        found[name] = functools.partial(comparison, name, SHOWN[name])
-        found[f"{name} damaged"] = functools.partial(comparison, name, DAMAGED)
-    return found
+    found: dict[str, Callable[[Results], str]] = {"claims": all_findings, "settings": settings, "damaged": damaged}
+    found |= {"flatness": flatness, "ablation": ablation, "all costs": all_costs}
+    return found | {name: functools.partial(comparison, name) for name in SEEDS}
 
 
 def rendered(readme: str, results: Results, tables: dict[str, Callable[[Results], str]]) -> str:

@@ -27,7 +27,7 @@ def test_the_front_page_is_short():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_links_and_named_tests_are_there(page):
     text = page.read_text("utf-8")
-    for target in re.findall(r"\]\(([^)\s#]+)", text):
+    for target in re.findall(r'(?:\]\(|src="|srcset=")([^)\s#"]+)', text):
         assert target.startswith("https://") or (page.parent / target).exists(), target
     sources = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
