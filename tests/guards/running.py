@@ -11,7 +11,7 @@ import torch
 import flatlora
 import train_gpt2
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a script starts its background jobs without it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells turn Ctrl-C off in background jobs
 
 TINY = ["--n-layer=1", "--n-embd=16", "--block-size=16", "--batch-size=2", "--r=2", "--eval-windows=4", "--lr=0.05"]
 TINY += ["--pretrain-steps=2", "--steps=3", "--seeds=1", "--methods"]

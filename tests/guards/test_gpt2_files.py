@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,8 @@ C_ATTN = "transformer.h.1.attn.c_attn"
 OTHER = {
     "it is not GPT-2 with {'activation_function': 'gelu'}": ({"activation_function": "gelu"}, {}),
     "config.json cannot be used: RuntimeError: shape": ({"n_head": 3}, {}),
+    f'Missing key(s) in state_dict: "{C_ATTN}.bias"': ({}, {f"{C_ATTN}.bias": None}),
+    f'Unexpected key(s) in state_dict: "{C_ATTN}.mask"': ({}, {f"{C_ATTN}.mask": torch.ones(1)}),
     f"size mismatch for {C_ATTN}.weight": ({}, {f"{C_ATTN}.weight": torch.ones(48, 16)}),  # as nn.Linear, not as Conv1D
     "lm_head.weight differs from wte.weight": ({}, {"lm_head.weight": torch.ones(600, 16)}),
 }
@@ -148,6 +151,14 @@ def test_a_truncated_download_ends_in_one_line(error, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     words = "config.json (IncompleteRead(0 bytes read)" if error else "gpt2/model.safetensors cannot be used: "
     assert words in ending(tmp_path, "--init=gpt2")
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path):
+    ours("gpt2", tmp_path)
+    for module in ("tiktoken", "safetensors.torch"):  # the weights are read first
+        monkeypatch.setitem(sys.modules, module, None)
+        words = f'{module.partition(".")[0]} is not installed: pip install -e ".[gpt2]"'
+        assert words in ending(tmp_path, "--init", tmp_path, "--text", flatlora.__file__, "--block-size=16")
 
 
 # ---- Adapters in PEFT's files --------------------------------------------------------------------------------
