@@ -1,6 +1,6 @@
 """What flatness costs: one step of LoRA, Flat-LoRA, its add-and-subtract form and SAM in both spaces, side by side.
 
-    python tests/evidence/bench_cost.py           # 3 minutes on 2 CPU cores
+    python tests/evidence/bench_cost.py           # 2 minutes on 2 CPU cores
     python tests/evidence/bench_cost.py --full    # 15 minutes: more shapes, more rounds
     python tests/evidence/bench_cost.py --device cuda --depth 12 --tokens 8192    # under bfloat16 autocast
 
