@@ -1,350 +1,740 @@
-"""Flat-LoRA: low-rank fine-tuning that looks for a minimum which is flat in the full weight space.
+"""Flat-LoRA: low-rank fine-tuning that ends in a minimum which is flat in the full weight space.
+
 Li et al., ICML 2025, https://arxiv.org/abs/2409.14396; equation numbers are those of its version 2.
-
-LoRA: a linear layer with m outputs and n inputs has a weight W (m, n). LoRA freezes W and trains two thin matrices, B
-(m, r) and A (r, n); the layer computes with the merged weight W' = W + s B A, where s = alpha / r.
-Flat: a minimum is flat if the loss stays low when the weights move a little. Such minima tend to generalise better.
-What is used in the end is W', so the loss should be flat around W', in all of its m n directions. Noise on A and B
-does not look there: while B is small it moves each row of W' only within the span of the r rows of A (eq. 4).
-Filter: a row of W', the weights of one output. Its noise is scaled by its own norm, so that strong and weak rows are
-perturbed alike. Scaled by the rows of W, the noise would miss what training has added to them.
-
-    min over A, B of  E[ L(W + s B A + eps) ],    eps_ij ~ N(0, sigma^2 |W'_i|^2 / n)               (eq. 6, eq. 7)
-
-Sigma: the strength. With the 1 / n, E|eps_i|^2 = sigma^2 |W'_i|^2 whatever n is: each row moves by a fraction sigma
-of itself, and each output with it (proposition 3.2). A step draws one eps and applies the gradient at W' + eps to A
-and B: one forward and backward, where sharpness-aware minimisation (SAM) needs two. In a loop of your own:
 
     model = inject_lora(model, r=8, alpha=16, targets=["q_proj", "v_proj"])
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)
     for step, batch in enumerate(loader):
-        with perturbed(model, sigma_at(step, total_steps, sigma=0.05), seed=(run, step)):
+        optimizer.zero_grad()
+        with perturbed(model, sigma_at(step, total_steps, sigma=0.05), seed=(0, step)):
             loss_fn(model, batch).backward()
         optimizer.step()
-        optimizer.zero_grad()
-    merge_lora(model)  # inference is plain; `flat_lora_step` is the loop's body with micro-batches, clipping, checks
+    merge_lora(model)
 
-W is never written. Each product makes W + eps in memory of its own; from forward to backward a layer keeps two numbers
-per row, from which eps is made again. So an exception or Ctrl-C leaves nothing to undo.
-Departures. From the paper: eps is cut from a table of normals (`_plus_noise`). From the authors' code, which adds eps
-to W and later regenerates and subtracts it: W keeps its bits (theirs drifts in bfloat16); eps follows from (seed,
-layer), not from the clock; every nn.Linear is covered or refused; the schedule counts optimizer steps.
+LoRA.    A linear layer with m outputs and n inputs has a weight W (m, n). LoRA freezes W and trains two thin matrices,
+         B (m, r) and A (r, n). The layer computes with the merged weight W' = W + s B A, where s = alpha / r.
+
+Flat.    A minimum is flat if the loss stays low when the weights move a little. Such minima tend to generalise better.
+         What is used in the end is W', so the loss should be flat around W', in all of its m n directions. Noise on A
+         and B would not look there: while B is small, it moves W' in the directions of the r rows of A alone (eq. 4).
+
+Noise.   So Flat-LoRA minimises the expected loss under noise on W',
+
+             min over A, B of  E[ L(W + s B A + eps) ]                (eq. 6)
+             eps_ij ~ N(0, sigma^2 |W'_i|^2 / n)                      (eq. 7)
+
+         by a one-sample estimate: each step draws one eps, and the gradient at W' + eps updates A and B. That takes one
+         forward and one backward pass, where sharpness-aware minimisation (`sam_step`) takes two of each.
+
+Filter.  A filter is a row of W': the weights W'_i of one output. Its noise is scaled by its own length |W'_i|, so that
+         strong and weak rows are perturbed alike. The length of W_i would miss what training has added to the row.
+
+Sigma.   With the 1 / n, E|eps_i|^2 = sigma^2 |W'_i|^2: each row moves by a fraction sigma of its length, whatever n is.
+         So does its output: for inputs of mean zero, the variance of an output grows by a factor 1 + sigma^2. Inputs
+         x of another mean add sigma^2 |W'_i|^2 E(x)^2 to it (proposition 3.2).
+
+Frozen.  W is never written. Each product makes W + eps in memory of its own, in the forward and again in the backward.
+         In between, a layer keeps one number per row and its place in a table of normals. So an exception or Ctrl-C
+         leaves no noise behind; what a loop of your own may leave is the `.grad` of the step that was cut short.
+
+The end of this file lists the departures from the paper and from the authors' code.
 """
 
+from __future__ import annotations
+
 import copy
+import functools
 import json
 import math
 import random
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_thread, _tables = threading.local(), dict[tuple[torch.dtype, torch.device], Tensor]()  # see `_plus_noise`
+# ---- LoRA ----------------------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear, `base`, with a trainable update of low rank: h = W x + b + s B A x (eq. 1). To the rest of
-    the model it is an nn.Linear with the weight W'. B starts at zero, so the first output is that of `base`."""
+    """A frozen nn.Linear, `base`, and a trainable update of low rank: h = W x + b + s B A x (eq. 1).
+
+    To the rest of the model it is an nn.Linear with the weight W'. B starts at zero, so the first output is that of
+    `base`. A and B are float32 at least, since half precision would lose small updates.
+    """
 
     def __init__(self, base: nn.Linear, r: int = 8, alpha: float = 16, dropout: float = 0.0) -> None:
         super().__init__()
         if not (r >= 1 and 0 < alpha < math.inf and 0 <= dropout < 1):
             raise ValueError(f"r must be >= 1, alpha > 0, 0 <= dropout < 1; got r={r!r}, {alpha=!r}, {dropout=!r}")
-        self.lora_dropout = nn.Dropout(dropout)
-        self.r, self.scaling, (self.out_features, self.in_features) = r, alpha / r, base.weight.shape
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)  # half precision would lose small updates
-        A = nn.init.kaiming_uniform_(base.weight.new_empty((r, self.in_features), dtype=dtype), a=math.sqrt(5))
+        self.out_features, self.in_features = base.weight.shape
+        self.r = r
+        self.alpha = alpha
+        self.scaling = alpha / r
+
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        A = base.weight.new_empty((r, self.in_features), dtype=dtype)
         B = base.weight.new_zeros((self.out_features, r), dtype=dtype)
-        self.lora_A, self.lora_B, self.base = nn.Parameter(A), nn.Parameter(B), base.requires_grad_(False)
-        self._added: dict[str, Any] = {}  # inside a perturbation, to W, A or B: a tensor, or noise as (std, start)
+        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
+        self.lora_B = nn.Parameter(B)
+        self.lora_dropout = nn.Dropout(dropout)
+        self.base = base.requires_grad_(False)
+        self.noise: RowNoise | None = None  # inside `perturbed`: what is added to W
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        down = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self._moved("A", self.lora_A))  # (..., r)
-        if isinstance(noise := self._added.get("W"), tuple):
-            out = _NoisyLinear.apply(x, self.base.weight, self.bias, *noise)  # (..., m)
-        else:
-            out = F.linear(x, self._moved("W", self.base.weight), self.bias)  # (..., m)
-        return (out + F.linear(down * self.scaling, self._moved("B", self.lora_B))).to(out.dtype)  # (..., m)
+        out = self.base(x) if self.noise is None else noisy_linear(x, self.base, self.noise)  # (..., m)
+        down = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
+        up = F.linear(down * self.scaling, self.lora_B)  # (..., m)
+        return (out + up).to(out.dtype)
 
     @property
     def weight(self) -> Tensor:
-        """W' (m, n), plus eps inside a perturbation; differentiable. For models that read it past the forward."""
-        W, A, B = (self._moved(k, p) for k, p in (("W", self.base.weight), ("A", self.lora_A), ("B", self.lora_B)))
-        with torch.autocast(W.device.type, enabled=False):
-            return torch.addmm(W.to(A.dtype), B * self.scaling, A).to(W.dtype)
+        """W' (m, n), plus eps inside `perturbed`; differentiable. For models that read it past the forward."""
+        weight = self.merged_weight(self.lora_A.dtype)
+        if self.noise is not None:
+            weight = self.noise.to(weight.device).added_to(weight)
+        return weight.to(self.base.weight.dtype)
 
-    bias = property(lambda self: self.base.bias)
+    def merged_weight(self, dtype: torch.dtype) -> Tensor:
+        """W' = W + s B A (m, n), computed in `dtype`."""
+        A = self.lora_A.to(dtype)
+        B = self.lora_B.to(dtype)
+        copy_of_W = self.base.weight.to(dtype, copy=True)
+        return copy_of_W.addmm_(B, A, alpha=self.scaling)  # in place, which autocast does not round
 
-    def _moved(self, name: str, p: Tensor) -> Tensor:
-        added = self._added.get(name)
-        return p if added is None else _plus_noise(p, *added) if isinstance(added, tuple) else (p + added).to(p.dtype)
-
-    def _points(self, space: str) -> dict[str, Tensor]:
-        if space not in ("full", "lora"):
-            raise ValueError(f"space must be full or lora, got {space!r}")
-        return {"W": self.weight} if space == "full" else {"A": self.lora_A, "B": self.lora_B}
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_added": {}}  # so a copy taken inside a perturbation is clean
+        return {**self.__dict__, "noise": None}  # so a copy taken inside `perturbed` is clean
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """A checkpoint of the model without adapters has "fc.weight" where this one has "fc.base.weight"."""
+        for key in ("weight", "bias"):
+            if prefix + key in state_dict:
+                state_dict[f"{prefix}base.{key}"] = state_dict.pop(prefix + key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def inject_lora(
-    model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets: str | Sequence[str] = ".*"
+    model: nn.Module,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = ".*",
+    modules_to_save: str | Sequence[str] = (),
 ) -> nn.Module:
-    """Freeze `model`, put a `LoRALinear` in place of each nn.Linear named by `targets`, return the model. `targets`: a
-    regular expression for the whole name, or a list of names, where "c_attn" is every "transformer.h.N.attn.c_attn".
-    A weight that two modules hold (GPT-2's lm_head and wte) is passed over, to stay tied. Earlier adapters stay.
-    ValueError, before anything is changed: a target matches nothing, or a layer does more than W x + b."""
-    held = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
-    linears = {}
-    for path, parent in model.named_modules(remove_duplicate=False):  # a layer may have several names
-        for name, m in parent._modules.items():
-            if isinstance(m, nn.Linear) and held.count(id(m.weight)) <= 1 and not isinstance(parent, LoRALinear):
-                linears[f"{path}.{name}".lstrip(".")] = m
-    patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(name)}" for name in targets]
-    chosen = {m: name for name, m in linears.items() if any(re.fullmatch(p, name) for p in patterns)}
-    if not chosen or not all(any(re.fullmatch(p, name) for name in linears) for p in patterns):
-        raise ValueError(f"targets must name untied nn.Linear layers, of which there are {[*linears]}; got {targets!r}")
-    for layer, name in chosen.items():
-        own = "weight" not in layer._parameters or any(v for k, v in vars(layer).items() if re.match("_.*ward_", k))
-        if own or getattr(layer.forward, "__func__", None) is not nn.Linear.forward:
-            raise ValueError(f"{name} has hooks, a parametrization or its own forward, which an adapter would drop")
-    new = {layer: LoRALinear(layer, r, alpha, dropout) for layer in chosen}
-    for parent in list(model.modules()):  # listed before the layers get into their adapters
-        parent._modules.update({k: new.get(m, m) for k, m in parent._modules.items()})
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.endswith((".lora_A", ".lora_B")))
+    """Freeze `model`, put a `LoRALinear` in place of each nn.Linear named by `targets`, return the model.
+
+    `targets`: a regular expression for the whole name, or a list of names, where "c_attn" is every layer called so.
+    `modules_to_save`: likewise, the modules that train whole, such as a new classification head (PEFT's word).
+    A weight that two modules hold (GPT-2's lm_head and wte) is passed over, so that it stays tied. A later call adds
+    its own layers and changes nothing else. ValueError, before anything is changed: a name fits nothing, or a layer
+    does more than W x + b or is not of plain floating-point numbers.
+    """
+    modules = dict(_named_modules(model))
+    adapted_before = any(isinstance(module, LoRALinear) for module in modules.values())
+    whole = _fitting("modules_to_save", modules_to_save, modules)
+    inside_whole = {part for module in whole.values() for part in module.modules()}
+    if any(isinstance(part, LoRALinear) for part in inside_whole):
+        raise ValueError(f"modules_to_save must not hold layers with adapters, got {modules_to_save!r}")
+
+    holders = Counter(p for module in set(modules.values()) for p in module.parameters(recurse=False))
+    candidates = {}
+    for name, module in modules.items():
+        trains_whole = module in inside_whole or (adapted_before and _trains_whole(module))
+        if isinstance(module, nn.Linear) and holders[module.weight] <= 1 and not trains_whole:
+            candidates[name] = module
+
+    chosen = _fitting("targets", targets, candidates)
+    if not chosen:
+        raise ValueError(f"targets must name a layer at least, got {targets!r}")
+    for name, layer in chosen.items():
+        _check_linear(name, layer)
+    adapters = {}
+    for layer in dict.fromkeys(chosen.values()):  # each once: a layer may have several names
+        adapters[layer] = LoRALinear(layer, r, alpha, dropout)
+
+    if not adapted_before:
+        model.requires_grad_(False)
+    _replace(model, adapters)
+    for module in whole.values():
+        module.requires_grad_(True)
     return model
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # names without those of wrappers
-    layers = {f"{k}.".replace("_orig_mod.", "")[:-1]: m for k, m in model.named_modules() if isinstance(m, LoRALinear)}
+WRAPPERS = {  # PyTorch's modules around a module, and what they call it
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "AveragedModel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OptimizedModule": "_orig_mod",  # torch.compile
+}
+
+
+def _named_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules that are no wrappers, under each of their names, without the parts that wrappers put into these."""
+    for kind in type(model).__mro__:
+        if kind.__name__ in WRAPPERS and kind.__module__.startswith("torch."):
+            yield from _named_modules(model._modules[WRAPPERS[kind.__name__]], name)
+            return
+
+    yield name, model
+    if isinstance(model, LoRALinear):
+        return
+    for key, child in model._modules.items():  # `named_children` would leave out a second name
+        if child is not None:
+            yield from _named_modules(child, f"{name}.{key}".lstrip("."))
+
+
+def _trains_whole(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(p.requires_grad for p in parameters)
+
+
+def _fitting(argument: str, wanted: str | Sequence[str], modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of `modules` that the expression or the names stand for. ValueError: one that stands for none."""
+    patterns = [wanted]
+    if not isinstance(wanted, str):
+        patterns = [rf"(.*\.)?{re.escape(name)}" for name in wanted]  # "attn" is "h.0.attn", but not "h.0.xattn"
+    found = {}
+    for name, module in modules.items():
+        if any(re.fullmatch(pattern, name) for pattern in patterns):
+            found[name] = module
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in found):
+            raise ValueError(f"{argument}: {pattern!r} fits none of {[*modules]}")
+    return found
+
+
+def _check_linear(name: str, layer: nn.Module) -> None:
+    """ValueError unless `layer` computes W x + b and no more, with a plain W of a size that the table serves."""
+    hooks = [layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks]
+    own_forward = getattr(layer.forward, "__func__", None) is not nn.Linear.forward
+    if any(hooks) or own_forward or "weight" not in layer._parameters:
+        raise ValueError(f"{name} has hooks, a parametrization or its own forward, which an adapter would drop")
+    _check_plain(f"{name}.weight", layer.weight)
+    rows, columns = layer.weight.shape
+    if not (1 <= rows <= CIRCLE // 8 and 1 <= columns <= CIRCLE):
+        raise ValueError(
+            f"{name}.weight must have 1 to {CIRCLE // 8} rows and 1 to {CIRCLE} columns, got {rows, columns}"
+        )
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_plain(name: str, p: Any) -> None:
+    """ValueError unless `p` is a parameter of ordinary numbers: not quantised, not complex, not a DTensor."""
+    fake = hasattr(p, "fake_mode")  # a tensor without numbers, on which torch.export and memory estimates run
+    if not (type(p) is nn.Parameter or fake) or p.dtype not in FLOATS:
+        what = f"{type(p).__name__} of {getattr(p, 'dtype', 'no dtype')}"
+        raise ValueError(f"{name} must be an nn.Parameter in float16, bfloat16, float32 or float64, got a {what}")
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put `new[module]` in the place of each module that it lists, under all of its names."""
+    for parent in list(model.modules()):  # listed first, since the new modules hold the old ones
+        for name, child in parent._modules.items():
+            if child in new:
+                parent._modules[name] = new[child]
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The `LoRALinear`s by name. ValueError: there are none, or one whose numbers are not all here."""
+    layers = {name: module for module, name in _names(model).items() if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError("the model has no LoRALinear layer: call inject_lora first")
+    for name, layer in layers.items():
+        m, n = layer.out_features, layer.in_features
+        _check_whole(f"lora_A of {name!r}", layer.lora_A, (layer.r, n))
+        _check_whole(f"lora_B of {name!r}", layer.lora_B, (m, layer.r))
+        _check_whole(f"base.weight of {name!r}", layer.base.weight, (m, n))
     return layers
 
 
+def _names(model: nn.Module) -> dict[nn.Module, str]:
+    """The first name of each module."""
+    names: dict[nn.Module, str] = {}
+    for name, module in _named_modules(model):
+        names.setdefault(module, name)
+    return names
+
+
+def _check_whole(name: str, p: Any, shape: tuple[int, int]) -> None:
+    """ValueError unless the numbers of `p` are all here: FSDP leaves shards, accelerate's offloading meta tensors."""
+    _check_plain(name, p)
+    if p.shape != shape or p.device.type == "meta":
+        raise ValueError(f"{name} must be whole and in memory, got {tuple(p.shape)} of {shape} on {p.device}")
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """By name: lora_A and lora_B of each layer, and the modules that train whole, with buffers such as BatchNorm's."""
+    trained: dict[str, Tensor] = {}
+    for module, name in _names(model).items():
+        if isinstance(module, LoRALinear):
+            trained.update(module.named_parameters(prefix=name, recurse=False))
+        elif _trains_whole(module):
+            trained.update(module.state_dict(prefix=f"{name}.".lstrip("."), keep_vars=True))
+    return trained
+
+
+def _alphas(model: nn.Module) -> dict[str, Tensor]:
+    alphas = {}
+    for name, layer in lora_layers(model).items():
+        alphas[f"{name}.alpha".lstrip(".")] = torch.tensor(layer.alpha, dtype=torch.float64, device="cpu")
+    return alphas
+
+
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All lora_A and lora_B, in module order: what the optimizer gets."""
-    return [p for layer in _lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+    """All that trains, in a fixed order: what the optimizer gets."""
+    lora_layers(model)  # raises if there are none
+    return [p for p in dict.fromkeys(_trained(model).values()) if p.requires_grad]
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the adapters, `{"transformer.h.0.attn.c_attn.lora_A": (r, n), ...}`, without the base."""
-    names = [f"{name}.{key}".lstrip(".") for name in _lora_layers(model) for key in ("lora_A", "lora_B")]
-    return {name: p.detach().clone() for name, p in zip(names, lora_parameters(model))}
+    """A copy of all that trains, and each layer's alpha, without the base.
+
+    `{"transformer.h.0.attn.c_attn.lora_A": (r, n), "....lora_B": (m, r), ..., "....alpha": ()}`
+    """
+    alphas = _alphas(model)
+    copies = {name: tensor.detach().clone() for name, tensor in _trained(model).items()}
+    return copies | alphas
 
 
 @torch.no_grad()
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy in what `lora_state_dict` gave. ValueError, before any is written: names or shapes do not fit the model."""
-    own, given = ({name: p.shape for name, p in named.items()} for named in (lora_state_dict(model), state))
-    if unfit := sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name)):
-        raise ValueError(f"missing, not in the model or of another shape: {unfit[:3]}, {len(unfit)} in all")
-    for name, p in zip(own, lora_parameters(model)):
-        p.copy_(torch.as_tensor(state[name]))
-    torch.clear_autocast_cache()  # as in `_set`
+    """Copy in what `lora_state_dict` gave. ValueError, before any is written: it does not fit the model."""
+    alphas = _alphas(model)
+    trained = _trained(model)
+    expected = trained | alphas
+    given = alphas | dict(state)  # version 0.1 wrote no alpha
+    for name in sorted(expected.keys() | given.keys()):
+        if name not in given or name not in expected or given[name].shape != expected[name].shape:
+            raise ValueError(f"{name} is missing, not in the model or of another shape")
+    for name, alpha in alphas.items():
+        if given[name] != alpha:
+            raise ValueError(f"{name} is {given[name].item()} in the state and {alpha.item()} in the model")
+
+    for name, tensor in trained.items():
+        tensor.copy_(state[name])
+    torch.clear_autocast_cache()  # see `perturbed`
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Put a plain, frozen nn.Linear with weight W' in place of each `LoRALinear`, return the model. RuntimeError,
-    before anything is changed: the model is perturbed, or a W' is not finite."""
-    merged = {}
-    for name, layer in _lora_layers(model).items():
-        merged[layer] = copy.deepcopy(layer.base).requires_grad_(False)
-        merged[layer].weight = nn.Parameter(layer.weight, requires_grad=False)
-        if layer._added or not layer.weight.isfinite().all():
-            raise RuntimeError(f"{name} cannot be merged: it is perturbed, or W' is not finite in {layer.weight.dtype}")
-    model.apply(lambda parent: parent._modules.update({k: merged.get(m, m) for k, m in parent._modules.items()}))
-    return merged.get(model, model)  # the model may be a LoRALinear itself
+    """Put a plain, frozen nn.Linear with weight W' in place of each `LoRALinear`, return the model.
+
+    RuntimeError, before anything is changed: the model is perturbed, or a W' is not finite.
+    """
+    plain = {}
+    for name, layer in lora_layers(model).items():
+        if layer.noise is not None:
+            raise RuntimeError(f"{name} cannot be merged: it is perturbed")
+        weight = layer.weight
+        if not weight.isfinite().all():
+            raise RuntimeError(f"{name} cannot be merged: W' is not finite in {weight.dtype}")
+        linear = copy.deepcopy(layer.base).requires_grad_(False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        plain[layer] = linear
+
+    _replace(model, plain)
+    return plain.get(model, model)  # the model may be a LoRALinear itself
 
 
-def filter_std(weight: Tensor, sigma: float) -> Tensor:
-    """std of the noise of each row, (m, n) -> (m, 1): sigma |W'_i| / sqrt(n) (eq. 7)."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)  # norms taken in bfloat16 are off by about 0.3 %
-    return torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=dtype) * (sigma / math.sqrt(weight.shape[1]))
+# ---- The noise -----------------------------------------------------------------------------------------------
 
 
 def sigma_at(step: int, total_steps: int, sigma: float, schedule: str = "cosine") -> float:
-    """Noise strength at `step`, counted in optimizer steps from 0: sigma times a factor of t = step / total_steps.
-    "cosine", (1 - cos(pi t)) / 2: 0 at the first step, 1/2 in the middle, just below 1 at the last. The paper says
-    only that it grows along a cosine; the formula is that of the authors' code. "linear": t. "constant": 1."""
-    t = step / total_steps
-    factors = {"cosine": 0.5 * (1 - math.cos(math.pi * t)), "linear": t, "constant": 1.0}
-    if not 0 <= t <= 1 or schedule not in factors:
-        raise ValueError(f"step / total_steps must be from 0 to 1, schedule in {[*factors]}; got {t}, {schedule!r}")
-    return sigma * factors[schedule]
+    """Noise strength at `step`, counted in optimizer steps from 0.
+
+    "cosine": sigma (1 - cos(pi step / total_steps)) / 2, which is 0 at the first step, sigma / 2 in the middle and
+    just below sigma at the last. The paper says only that the strength grows along a cosine; the formula is that of
+    the authors' code. "constant": sigma.
+    """
+    if not 0 <= step <= total_steps or total_steps < 1:
+        raise ValueError(f"step must be from 0 to total_steps, got {step} of {total_steps}")
+    if schedule == "cosine":
+        return sigma * (1 - math.cos(math.pi * step / total_steps)) / 2
+    if schedule == "constant":
+        return sigma
+    raise ValueError(f"schedule must be cosine or constant, got {schedule!r}")
 
 
 @contextmanager
-def perturbed(model: nn.Module, sigma: float, seed: Any, space: str = "full") -> Iterator[None]:
-    """Inside, every `LoRALinear` computes with W' + eps, with eps drawn by eq. 7 from W' as it is on entry. `seed`, an
-    integer or a tuple such as (run, step), and the position of the layer fix eps: the same in all that runs inside, on
-    every device, in every thread. No global generator is used. A backward may come after the context, but not under
-    activation checkpointing, which runs the forward again. `space`: `sharpness`. RuntimeError: perturbed already."""
+def perturbed(model: nn.Module, sigma: float, seed: Any) -> Iterator[None]:
+    """Inside, every `LoRALinear` computes with W' + eps. eps is drawn by eq. 7 from W' as it is on entry.
+
+    `seed`, a number or a tuple such as (run, step), and the layer's name fix eps: it is the same in all that runs
+    inside, so in all micro-batches of a step, on every device and in every thread. No global generator is used.
+    A backward may come after the context, but not under activation checkpointing, which runs the forward again:
+    there `use_reentrant=False` raises an error, and `use_reentrant=True` gives a wrong gradient without a word.
+    RuntimeError: the model is perturbed already.
+    """
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
-    generator = random.Random(json.dumps(seed, default=int))  # as text, so that 12, (1, 2) and (1, 2, 0) differ
-    layers, noise = list(_lora_layers(model).values()) if sigma else [], []
-    for layer in layers:
-        noise.append({})
-        for name, p in layer._points(space).items():
-            bits = torch.frombuffer(bytearray(generator.randbytes(8 * len(p))), dtype=torch.int64).to(p.device)
-            noise[-1][name] = filter_std(p.detach(), sigma) * bits.sign()[:, None], bits % 2**22  # (m, 1), (m,)
-            del p  # W' is not to live on inside
-    with _set(layers, noise):
-        yield
-
-
-@contextmanager
-def _set(layers: Sequence[LoRALinear], added: Sequence[dict[str, Any]]) -> Iterator[None]:
-    if any(layer._added for layer in layers):
+    plain_seed = _plain_seed(seed)
+    layers = lora_layers(model)
+    if any(layer.noise is not None for layer in layers.values()):
         raise RuntimeError("the model is perturbed already: perturbations do not nest")
+
     try:
-        for layer, values in zip(layers, added):
-            layer._added = values
+        if sigma > 0:
+            with torch.no_grad():
+                for name, layer in layers.items():
+                    layer.noise = draw_noise(layer.merged_weight(layer.base.weight.dtype), sigma, [plain_seed, name])
         yield
     finally:
-        for layer in layers:
-            layer._added = {}
-        torch.clear_autocast_cache()  # autocast around a loop would keep its casts of A and B over their update
+        for layer in layers.values():
+            layer.noise = None
+        # An autocast context around the whole loop keeps casts of A and B, which the update makes wrong.
+        torch.clear_autocast_cache()
+
+
+def _plain_seed(seed: Any) -> Any:
+    """The seed in Python's own numbers, so that 1, 1.0, True, np.int64(1) and torch.tensor(1) are the same."""
+    if hasattr(seed, "tolist"):  # of numpy or torch
+        seed = seed.tolist()
+    if isinstance(seed, (tuple, list)):
+        return [_plain_seed(part) for part in seed]
+    if isinstance(seed, (int, float)) and math.isfinite(seed):
+        return int(seed) if seed == int(seed) else seed
+    if isinstance(seed, str):
+        return seed
+    raise ValueError(f"seed must be a finite number, a text, or a tuple of these, got {seed!r}")
+
+
+CIRCLE = 2**22  # numbers in the table of normals, whose end is followed by its beginning
+
+
+class RowNoise(NamedTuple):
+    """eps = scale * normals, which is made anew for each use, in the dtype of W."""
+
+    scale: Tensor  # (m, 1), the std of each row with a random sign
+    normals: Tensor  # (m, n), a view of the table
+
+    def added_to(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """weight + eps (m, n), rounded once."""
+        return torch.addcmul(weight, self.normals, self.scale, out=out)
+
+    def to(self, device: torch.device) -> RowNoise:
+        return RowNoise(self.scale.to(device), self.normals.to(device))
+
+
+def draw_noise(weight: Tensor, sigma: float, seed: Any) -> RowNoise:
+    """Noise by eq. 7 for the rows of `weight`, that is W' (m, n), in its dtype and on its device.
+
+    To draw fresh normals would be most of the cost of a step, so they are read from a table that is drawn once. Think
+    of it as a circle. The rows of a layer are windows of n numbers at equal distances around the circle, which start
+    at a random place:
+
+        row i = circle[start + i * distance : start + i * distance + n],    distance = CIRCLE / m
+
+    So all rows together are one strided view, of which nothing is copied. Each row gets a random sign too, that of one
+    number from another stretch of the circle. By these signs rows are uncorrelated, and by the random places so are
+    layers and steps. Not exact: if m n > CIRCLE, the windows of neighbouring rows overlap, so that their sizes (not
+    their signs) are dependent.
+    """
+    rows, columns = weight.shape
+    distance = CIRCLE // rows // 8 * 8  # multiples of 8, since compiled kernels read 16 aligned bytes at once
+    span = (rows - 1) * distance + columns
+
+    generator = random.Random(json.dumps(seed))
+    start = generator.randrange(0, min(CIRCLE, 2 * CIRCLE - span), 8)
+    start_of_signs = generator.randrange(CIRCLE)
+
+    table = _table(weight)  # (2 * CIRCLE,)
+    normals = table.as_strided((rows, columns), (distance, 1), start)  # (m, n)
+    signs = table[start_of_signs : start_of_signs + rows, None]  # (m, 1)
+    std = filter_std(weight, sigma).to(weight.dtype)  # (m, 1)
+    return RowNoise(std.copysign(signs), normals)
+
+
+def filter_std(weight: Tensor, sigma: float) -> Tensor:
+    """std of the noise of each row of W' (eq. 7): sigma |W'_i| / sqrt(n), (m, n) -> (m, 1).
+
+    For one std per matrix, replace `norms` by its root mean square.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # norms taken in bfloat16 are off by about 0.3 %
+    norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=dtype)  # (m, 1)
+    return norms * (sigma / math.sqrt(weight.shape[1]))
+
+
+def _table(weight: Tensor) -> Tensor:
+    """The circle twice over, (2 * CIRCLE,), in the dtype and on the device of `weight`."""
+    table = _real_table(weight.dtype, weight.device)
+    fake_mode = getattr(weight, "fake_mode", None)
+    return fake_mode.from_tensor(table) if fake_mode else table
+
+
+@functools.cache
+def _real_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made in a thread of its own, where no mode of the caller's is on: inference, fake tensors, a default device."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_draw_table, dtype, device).result()
+
+
+def _draw_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    normals = torch.empty(CIRCLE, dtype=torch.float32, device="cpu").normal_(generator=generator)
+    return normals.repeat(2).to(device, dtype)
+
+
+def noisy_linear(x: Tensor, linear: nn.Linear, noise: RowNoise) -> Tensor:
+    """(W + eps) x + b, (..., n) -> (..., m). eps is a constant to the backward."""
+    noise = noise.to(linear.weight.device)  # nn.DataParallel runs copies of a layer on other devices
+    someone_trains_it = any(p.requires_grad for p in linear.parameters())
+    if someone_trains_it or torch.jit.is_tracing():
+        return F.linear(x, noise.added_to(linear.weight), linear.bias)  # for which autograd keeps W + eps
+    return _NoisyLinear.apply(x, linear.weight, linear.bias, noise)
 
 
 class _NoisyLinear(torch.autograd.Function):
-    """(W + eps) x + b. For the backward it keeps W itself and two numbers per row, and makes eps again, in fresh memory
-    if a graph of the backward is to keep it. Gradients by W and b are for whoever unfreezes them; eps is a constant."""
+    """(W + eps) x + b for a frozen layer. The backward makes W + eps again, so that nothing of that size is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, std: Tensor, start: Tensor) -> Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight, std, start)
-        return F.linear(x, _plus_noise(weight, std, start, reuse=True), bias)  # (..., m)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, noise: RowNoise) -> Tensor:
+        ctx.save_for_backward(weight, *noise)
+        noisy = noise.added_to(weight, out=_memory_for(weight))  # (m, n)
+        return F.linear(x, noisy, bias)  # (..., m)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, std, start = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])  # (N, m)
-        noisy = _plus_noise(weight, std, start, reuse=not torch.is_grad_enabled()).to(grad.dtype)  # (m, n)
-        by_w = rows.T @ x.reshape(-1, weight.shape[1]).to(grad.dtype) if ctx.needs_input_grad[1] else None  # (m, n)
-        return grad @ noisy, by_w, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
+        weight, scale, normals = ctx.saved_tensors
+        # `added_to` with its factors swapped. A compiler would take two equal sums for one, and keep it in between.
+        noisy = torch.addcmul(weight, scale, normals, out=_memory_for(weight))  # (m, n)
+        return grad @ noisy.to(grad.dtype), None, None, None  # (..., n)
 
 
-def _plus_noise(weight: Tensor, std: Tensor, start: Tensor, reuse: bool = False) -> Tensor:
-    """W + eps, (m, n), with eps_i = std_i table[start_i : start_i + n], added in float32 and rounded once. A window of
-    a table is a copy; fresh normals would be nearly all that Flat-LoRA costs on a CPU. Starts and signs are drawn
-    independently, so rows, layers and steps are uncorrelated. Not exact: a row is one of 2^23 vectors, and two rows
-    may hold shifted pieces of one stretch (0.04 % of the pairs at n = 768). `reuse`: into memory that this thread
-    keeps, since fresh memory takes several times as long as the noise (a GPU's allocator keeps it by itself)."""
-    with torch.inference_mode(False):  # whose tensors could not be used outside of it
-        windows = _table(std.dtype, weight.device).as_strided((2**22, weight.shape[1]), (1, 1))  # row k starts at k
-        memory = _thread.__dict__.setdefault(std.dtype, torch.empty(0, dtype=std.dtype))
-    out = memory.resize_(weight.shape) if reuse and weight.device.type == "cpu" else None
-    normals = torch.index_select(windows, 0, start, out=out)  # (m, n)
-    return torch.addcmul(weight, normals, std, out=out).to(weight.dtype)
+class _Memory(threading.local):
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, Tensor] = {}
 
 
-def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """2^22 standard normals, the same on every device, and the first 2^20 once more for the windows at the end."""
-    if (dtype, device) not in _tables:
-        normals = torch.empty(2**22).normal_(generator=torch.Generator().manual_seed(0))
-        _tables[dtype, device] = torch.cat([normals, normals[: 2**20]]).to(device, dtype)
-    return _tables[dtype, device]
+_memory = _Memory()
+
+
+def _memory_for(weight: Tensor) -> Tensor | None:
+    """Memory for W + eps that this thread keeps: on a CPU, fresh memory takes longer to get than to fill.
+
+    None where others plan memory, a GPU's allocator or a compiler; where a graph of the backward will keep W + eps;
+    and for tensors of a class of their own.
+    """
+    if weight.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if type(weight) not in (Tensor, nn.Parameter):
+        return None
+    if weight.dtype not in _memory.by_dtype:
+        with torch.inference_mode(False):  # whose tensors could not be used outside of it
+            _memory.by_dtype[weight.dtype] = torch.empty(0, dtype=weight.dtype, device="cpu")
+    return _memory.by_dtype[weight.dtype].resize_(weight.shape)
+
+
+# ---- The step ------------------------------------------------------------------------------------------------
+
+LossFn = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> the mean loss of the batch, one number
 
 
 def flat_lora_step(
     model: nn.Module,
-    loss_fn: Callable,
-    batches: Sequence,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
     optimizer: torch.optim.Optimizer,
     sigma: float,
     seed: Any,
     max_grad_norm: float = math.inf,
     scaler: torch.amp.GradScaler | None = None,
 ) -> float:
-    """One step on the expected loss (eq. 6): the gradient at W' + eps updates A and B. Returns the noisy loss. All
-    micro-`batches` share one eps, as in the authors' code; `loss_fn(model, batch)` is a mean. `scaler`: for float16
-    autocast. Under DistributedDataParallel put the rank into the seed. ValueError: an argument, or a parameter that
-    is to train is not in the optimizer. FloatingPointError, before the update: the loss or gradient is not finite."""
+    """One step on the expected loss (eq. 6): the gradient at W' + eps updates A and B. Returns the noisy loss.
+
+    All micro-`batches` share one eps, as in the authors' code. `scaler` is for float16 autocast. Under
+    DistributedDataParallel put the rank into the seed. ValueError: an argument, or the optimizer does not hold all that
+    trains. FloatingPointError, before the update: the loss or the gradient is not finite; with a `scaler`, the loss
+    alone, since the scaler passes over a step whose gradient is not.
+    """
+    _check_step(model, batches, optimizer, max_grad_norm)
     with perturbed(model, sigma, seed):
-        loss = _loss(model, loss_fn, batches, optimizer, scaler)
+        optimizer.zero_grad()
+        loss = _backward(model, loss_fn, batches, scaler)
     _update(optimizer, max_grad_norm, scaler)
     return loss
 
 
-def _loss(model: nn.Module, loss_fn: Callable, batches: Sequence, optimizer: Any = None, scaler: Any = None) -> float:
-    """The mean loss of the micro-batches. With an optimizer, its gradient replaces what the `.grad`s held."""
-    if optimizer is not None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
-            raise ValueError(f"the optimizer does not hold {left[:3]}, {len(left)} in all: make it anew or freeze them")
-        optimizer.zero_grad()
-    losses = []
-    for i, batch in enumerate(batches):
-        with nullcontext() if i + 1 == len(batches) else getattr(model, "no_sync", nullcontext)():  # DDP: one exchange
-            loss = loss_fn(model, batch).reshape(()) / len(batches)
-            if optimizer is not None:
-                (scaler.scale(loss) if scaler else loss).backward()
-        losses.append(loss.detach())
-    if not math.isfinite(mean := float(torch.stack(losses).sum())):  # one wait for the device, not one per batch
-        raise FloatingPointError(f"the loss is not finite: {mean}")
-    return mean
-
-
-def _update(optimizer: torch.optim.Optimizer, max_grad_norm: float, scaler: Any = None) -> None:
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
+def _check_step(model: nn.Module, batches: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    _check_batches(batches)
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm!r}")
-    scaler.unscale_(optimizer)  # before the norm is taken
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
-    if not (scaler.is_enabled() or norm.isfinite()):
-        raise FloatingPointError(f"the gradient is not finite: its norm is {float(norm)}")
-    scaler.step(optimizer)
-    scaler.update()
+
+    held = _held_by(optimizer)
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
+    if left_out:
+        raise ValueError(f"the optimizer does not hold {left_out[:3]}, {len(left_out)} in all: make it anew")
+    frozen = sum(not p.requires_grad for p in held)
+    if frozen:
+        raise ValueError(f"the optimizer holds {frozen} frozen parameters: give it lora_parameters(model)")
+
+    accelerate = getattr(optimizer, "gradient_state", None)
+    if accelerate is not None and not accelerate.sync_gradients:
+        raise ValueError(
+            "inside accelerate's `accumulate` an optimizer skips steps: use `perturbed` there, or leave "
+            "it out and give all micro-batches to the step"
+        )
+
+
+def _held_by(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, None]:
+    """Its parameters, in order."""
+    return dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
+
+
+def _check_batches(batches: Any) -> None:
+    if not isinstance(batches, (list, tuple)) or not batches:
+        raise ValueError(f"batches must be a list of one batch or more, got {type(batches).__name__}")
+
+
+def _backward(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], scaler: torch.amp.GradScaler | None) -> float:
+    """Add the gradient of the mean loss of the micro-batches to the `.grad`s, return that loss."""
+    losses = []
+    for i, batch in enumerate(batches):
+        wait = nullcontext()
+        if i < len(batches) - 1 and hasattr(model, "no_sync"):
+            wait = model.no_sync()  # DistributedDataParallel: one exchange of gradients, at the last micro-batch
+        with wait:
+            loss = _one_number(loss_fn(model, batch)) / len(batches)
+            scaled = loss if scaler is None else scaler.scale(loss)
+            scaled.backward()
+        losses.append(loss.detach())
+    return _finite("loss", torch.stack(losses).sum())
+
+
+def _one_number(loss: Tensor) -> Tensor:
+    if loss.numel() != 1:
+        raise ValueError(f"loss_fn must return the mean over the batch, one number, got {tuple(loss.shape)}")
+    return loss.reshape(())
+
+
+def _finite(name: str, value: Tensor) -> float:
+    if not value.isfinite():
+        raise FloatingPointError(f"the {name} is not finite: {value.item()}")
+    return value.item()
+
+
+def _update(optimizer: torch.optim.Optimizer, max_grad_norm: float, scaler: torch.amp.GradScaler | None) -> None:
+    """Clip, check and apply the gradients."""
+    if scaler is not None:
+        scaler.unscale_(optimizer)  # before the norm is taken
+    norm = nn.utils.clip_grad_norm_(_held_by(optimizer), max_grad_norm)
+
+    if scaler is None:
+        _finite("norm of the gradient", norm)
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+
+
+# ---- To compare with: SAM, and how flat a minimum is ---------------------------------------------------------
 
 
 def sam_step(
     model: nn.Module,
-    loss_fn: Callable,
-    batches: Sequence,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
     optimizer: torch.optim.Optimizer,
     rho: float,
-    space: str = "lora",
     max_grad_norm: float = math.inf,
 ) -> float:
-    """The baseline, sharpness-aware minimisation (Foret et al. 2021), in two passes: the gradient at the point moved
-    by rho along the first gradient, normalised over all layers, updates A and B. "lora" moves A and B, and W' only as
-    eq. 3 says; "full" moves W' (eq. 5), the ideal, at two (m, n) per layer. Returns the first loss; errors as above."""
+    """One step of sharpness-aware minimisation (Foret et al. 2021) of A and B. Returns the loss of the first pass.
+
+    Two passes: the gradient at (A, B) moved by rho along the first gradient, normalised over all layers, updates A
+    and B. So W' moves only as eq. 3 says. `modules_to_save` are moved as well, while Flat-LoRA puts no noise on them.
+    Errors as in `flat_lora_step`.
+    """
     if not 0 <= rho < math.inf:
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
-    layers = list(_lora_layers(model).values())
-    zeros = [{k: torch.zeros_like(p, requires_grad=True) for k, p in x._points(space).items()} for x in layers]
-    with _set(layers, zeros):  # the gradient by a zero is that by what it is added to
-        loss = _loss(model, loss_fn, batches, optimizer)
-    scale = rho / nn.utils.clip_grad_norm_([z for own in zeros for z in own.values()], math.inf).clamp_min(1e-12)
-    with _set(layers, [{k: z.grad * scale for k, z in own.items() if z.grad is not None} for own in zeros]):
-        _loss(model, loss_fn, batches, optimizer)
-    _update(optimizer, max_grad_norm)
+    _check_step(model, batches, optimizer, max_grad_norm)
+    parameters = lora_parameters(model)
+
+    optimizer.zero_grad()
+    loss = _backward(model, loss_fn, batches, scaler=None)
+    moving = [p for p in parameters if p.grad is not None]
+    norm = torch.stack([p.grad.norm() for p in moving]).norm()
+    steps = [rho * p.grad / norm.clamp_min(1e-12) for p in moving]
+
+    optimizer.zero_grad()
+    with moved(moving, steps):
+        _backward(model, loss_fn, batches, scaler=None)
+    _update(optimizer, max_grad_norm, scaler=None)
     return loss
+
+
+@contextmanager
+def moved(parameters: Sequence[Tensor], steps: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, each parameter p is p + its step; afterwards it has its bits again."""
+    before = [p.detach().clone() for p in parameters]
+    try:
+        _write(parameters, [p + step for p, step in zip(before, steps)])
+        yield
+    finally:
+        _write(parameters, before)
+
+
+@torch.no_grad()
+def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for p, value in zip(parameters, values):
+        p.copy_(value)
+    torch.clear_autocast_cache()  # see `perturbed`
 
 
 @torch.no_grad()
 def sharpness(
-    model: nn.Module, loss_fn: Callable, batches: Sequence, sigma: float, samples: int, seed: Any, space: str = "full"
+    model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], sigma: float, samples: int, seed: Any
 ) -> float:
-    """Mean increase of the loss, E[L(w + eps)] - L(w), over `samples` draws of noise by eq. 7. "full": w = W'. "lora":
-    w = (A, B), by the same law on their rows; at equal sigma it moves W' far less. One seed gives the same directions
-    at every sigma, and never those of a training step. Call `model.eval()` first. Errors as in `perturbed`."""
-    clean, rises = _loss(model, loss_fn, batches), []
+    """Mean rise of the loss, E[L(W' + eps)] - L(W'), over `samples` draws of eps by eq. 7.
+
+    One seed gives the same directions at every sigma, and never those of a training step. Call `model.eval()` first.
+    Errors as in `perturbed`.
+    """
+    _check_batches(batches)
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples!r}")
+
+    clean = _mean_loss(model, loss_fn, batches)
+    noisy = []
     for sample in range(samples):
-        with perturbed(model, sigma, ("sharpness", seed, sample), space):
-            rises.append(_loss(model, loss_fn, batches) - clean)
-    return sum(rises) / len(rises)
+        with perturbed(model, sigma, ("sharpness", seed, sample)):
+            noisy.append(_mean_loss(model, loss_fn, batches))
+    return sum(noisy) / samples - clean
+
+
+def _mean_loss(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> float:
+    losses = [_one_number(loss_fn(model, batch)) for batch in batches]
+    return _finite("loss", torch.stack(losses).mean())
+
+
+# ---- Departures ----------------------------------------------------------------------------------------------
+#
+# From the paper:
+# - The normals are windows of one table instead of fresh ones; `draw_noise` says what is not exact about it.
+# - Scale, normals and W + eps have the dtype of W. In bfloat16 a small sigma rounds away in part: of 0.001 three
+#   quarters arrive, of 0.0002 a third. So the first steps of the cosine have less noise than asked for.
+# - The formulas of the paper leave out the scaling s, which its code has.
+#
+# From the authors' code. It adds eps to the stored W before the first micro-batch of a step, and after the last one it
+# draws the same eps again, from a seed that it kept, and subtracts it.
+# - Here W keeps its bits. To add and subtract rounds twice, by which a "frozen" bfloat16 W drifts.
+# - eps follows from (seed, name of the layer). There it follows from the clock, through torch's global generator, so
+#   that a run cannot be repeated and dropout changes with it.
+# - Each nn.Linear that is named gets noise or is an error, but for tied ones, which are passed over. There other kinds
+#   of layers than one class of PEFT's train without noise, silently.
+# - The schedule counts optimizer steps up to a `total_steps` that is given. There its length does not regard a limit on
+#   the number of steps, nor the number of processes.
+# The same in both: one eps per step, shared by its micro-batches; the noise grows from zero along a cosine.
