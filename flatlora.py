@@ -50,7 +50,7 @@ import random
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -58,6 +58,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 # ---- LoRA ----------------------------------------------------------------------------------------------------
 
@@ -140,30 +142,17 @@ def inject_lora(
     its own layers and changes nothing else. ValueError, before anything is changed: a name fits nothing, or a layer
     does more than W x + b or is not of plain floating-point numbers.
     """
-    modules = dict(_named_modules(model))
-    adapted_before = any(isinstance(module, LoRALinear) for module in modules.values())
-    whole = _fitting("modules_to_save", modules_to_save, modules)
-    inside_whole = {part for module in whole.values() for part in module.modules()}
-    if any(isinstance(part, LoRALinear) for part in inside_whole):
-        raise ValueError(f"modules_to_save must not hold layers with adapters, got {modules_to_save!r}")
-
-    holders = Counter(p for module in set(modules.values()) for p in module.parameters(recurse=False))
-    candidates = {}
-    for name, module in modules.items():
-        trains_whole = module in inside_whole or (adapted_before and _trains_whole(module))
-        if isinstance(module, nn.Linear) and holders[module.weight] <= 1 and not trains_whole:
-            candidates[name] = module
-
-    chosen = _fitting("targets", targets, candidates)
+    whole = _fitting("modules_to_save", modules_to_save, dict(_named_modules(model)))
+    chosen = _fitting("targets", targets, _free_linears(model, whole.values()))
     if not chosen:
         raise ValueError(f"targets must name a layer at least, got {targets!r}")
     for name, layer in chosen.items():
         _check_linear(name, layer)
+
     adapters = {}
     for layer in dict.fromkeys(chosen.values()):  # each once: a layer may have several names
         adapters[layer] = LoRALinear(layer, r, alpha, dropout)
-
-    if not adapted_before:
+    if not _is_adapted(model):
         model.requires_grad_(False)
     _replace(model, adapters)
     for module in whole.values():
@@ -176,7 +165,7 @@ WRAPPERS = {  # PyTorch's modules around a module, and what they call it
     "DistributedDataParallel": "module",
     "AveragedModel": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "ActivationWrapper": "_checkpoint_wrapped_module",  # checkpoint_wrapper
     "OptimizedModule": "_orig_mod",  # torch.compile
 }
 
@@ -194,6 +183,30 @@ def _named_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.M
     for key, child in model._modules.items():  # `named_children` would leave out a second name
         if child is not None:
             yield from _named_modules(child, f"{name}.{key}".lstrip("."))
+
+
+def _free_linears(model: nn.Module, whole: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """The nn.Linear layers whose weight no other module holds, but for those inside of a module that trains whole."""
+    training = set()
+    for module in whole:
+        if _is_adapted(module):
+            raise ValueError("modules_to_save: one of them has layers with adapters")
+        training.update(module.modules())
+
+    modules = dict(_named_modules(model))
+    if _is_adapted(model):  # what an earlier call left to train
+        training.update(module for module in modules.values() if _trains_whole(module))
+
+    holders = Counter(p for module in set(modules.values()) for p in module.parameters(recurse=False))
+    free = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and holders[module.weight] <= 1 and module not in training:
+            free[name] = module
+    return free
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    return any(isinstance(module, LoRALinear) for module in model.modules())
 
 
 def _trains_whole(module: nn.Module) -> bool:
@@ -280,10 +293,10 @@ def _check_whole(name: str, p: Any, shape: tuple[int, int]) -> None:
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """By name: lora_A and lora_B of each layer, and the modules that train whole, with buffers such as BatchNorm's."""
     trained: dict[str, Tensor] = {}
+    for name, layer in lora_layers(model).items():
+        trained.update(layer.named_parameters(prefix=name, recurse=False))
     for module, name in _names(model).items():
-        if isinstance(module, LoRALinear):
-            trained.update(module.named_parameters(prefix=name, recurse=False))
-        elif _trains_whole(module):
+        if _trains_whole(module):
             trained.update(module.state_dict(prefix=f"{name}.".lstrip("."), keep_vars=True))
     return trained
 
@@ -297,7 +310,6 @@ def _alphas(model: nn.Module) -> dict[str, Tensor]:
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """All that trains, in a fixed order: what the optimizer gets."""
-    lora_layers(model)  # raises if there are none
     return [p for p in dict.fromkeys(_trained(model).values()) if p.requires_grad]
 
 
@@ -548,11 +560,11 @@ def flat_lora_step(
     model: nn.Module,
     loss_fn: LossFn,
     batches: Sequence[Any],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     sigma: float,
     seed: Any,
     max_grad_norm: float = math.inf,
-    scaler: torch.amp.GradScaler | None = None,
+    scaler: GradScaler | None = None,
 ) -> float:
     """One step on the expected loss (eq. 6): the gradient at W' + eps updates A and B. Returns the noisy loss.
 
@@ -569,7 +581,7 @@ def flat_lora_step(
     return loss
 
 
-def _check_step(model: nn.Module, batches: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+def _check_step(model: nn.Module, batches: Any, optimizer: Optimizer, max_grad_norm: float) -> None:
     _check_batches(batches)
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm!r}")
@@ -590,7 +602,7 @@ def _check_step(model: nn.Module, batches: Any, optimizer: torch.optim.Optimizer
         )
 
 
-def _held_by(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, None]:
+def _held_by(optimizer: Optimizer) -> dict[nn.Parameter, None]:
     """Its parameters, in order."""
     return dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
 
@@ -600,7 +612,7 @@ def _check_batches(batches: Any) -> None:
         raise ValueError(f"batches must be a list of one batch or more, got {type(batches).__name__}")
 
 
-def _backward(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], scaler: torch.amp.GradScaler | None) -> float:
+def _backward(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], scaler: GradScaler | None) -> float:
     """Add the gradient of the mean loss of the micro-batches to the `.grad`s, return that loss."""
     losses = []
     for i, batch in enumerate(batches):
@@ -627,7 +639,7 @@ def _finite(name: str, value: Tensor) -> float:
     return value.item()
 
 
-def _update(optimizer: torch.optim.Optimizer, max_grad_norm: float, scaler: torch.amp.GradScaler | None) -> None:
+def _update(optimizer: Optimizer, max_grad_norm: float, scaler: GradScaler | None) -> None:
     """Clip, check and apply the gradients."""
     if scaler is not None:
         scaler.unscale_(optimizer)  # before the norm is taken
@@ -648,7 +660,7 @@ def sam_step(
     model: nn.Module,
     loss_fn: LossFn,
     batches: Sequence[Any],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     rho: float,
     max_grad_norm: float = math.inf,
 ) -> float:

@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import flatlora
@@ -208,6 +209,10 @@ def in_ddp(module):
     return nn.parallel.DistributedDataParallel(module)
 
 
+def in_fsdp(module):
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
+
+
 AROUND_MODELS = {
     "DataParallel": nn.DataParallel,
     "DDP": in_ddp,
@@ -216,6 +221,7 @@ AROUND_MODELS = {
     "DDP of compiled": lambda model: in_ddp(compiled(model)),
     "AveragedModel": AveragedModel,
     "checkpointed": checkpoint_wrapper,
+    "FSDP of one rank": in_fsdp,
 }
 
 
@@ -230,16 +236,19 @@ def test_names_and_noise_are_those_of_the_model_without_its_wrapper(wrap, one_ra
     torch.testing.assert_close(noisy_output(wrapped), noisy_output(model))
 
 
-@pytest.mark.parametrize("wrap", [checkpoint_wrapper, compiled], ids=["checkpointed", "compiled"])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_wrapped_block_has_the_name_of_the_block(wrap, when):
-    model = nn.Sequential(nn.Sequential(nn.Linear(6, 8)), nn.Linear(8, 4))
-    if when == "before":
-        model[0] = wrap(model[0])
-    inject_lora(model, r=2, targets=["0.0", "1"])
-    if when == "after":
-        model[0] = wrap(model[0])
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, compiled, in_fsdp], ids=["checkpointed", "compiled", "FSDP"])
+def test_a_wrapped_block_has_the_name_of_the_block(wrap, one_rank):
+    model = inject_lora(nn.Sequential(nn.Sequential(nn.Linear(6, 8)), nn.Linear(8, 4)), r=2)
+    model[0] = wrap(model[0])
     assert [name for name in lora_state_dict(model) if name.endswith("A")] == ["0.0.lora_A", "1.lora_A"]
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, compiled], ids=["checkpointed", "compiled"])
+def test_a_layer_in_a_wrapped_block_is_found_by_its_name(wrap):
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 8)), nn.Linear(8, 4))
+    model[0] = wrap(model[0])
+    inject_lora(model, r=2, targets=["0.0"])
+    assert list(flatlora.lora_layers(model)) == ["0.0"]
 
 
 def test_a_class_of_ones_own_that_is_called_like_a_wrapper_is_none():
