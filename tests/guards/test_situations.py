@@ -543,3 +543,20 @@ def test_every_window_lies_in_the_table(columns):
     for seed in range(200):
         noise = flatlora.draw_noise(weight, 0.3, seed)
         assert noise.normals[-1, -1].isfinite()
+
+
+@pytest.mark.parametrize(("sigma", "share"), [(0.01, 0.82), (0.001, 0.22)])
+def test_in_bfloat16_a_small_sigma_rounds_away_as_the_departures_say(sigma, share):
+    torch.manual_seed(0)
+    weight = torch.randn(256, 1024).bfloat16()
+    noisy = flatlora.draw_noise(weight, sigma, seed=0).added_to(weight)
+    assert (noisy != weight).double().mean().item() == pytest.approx(share, abs=0.02)
+
+
+def test_a_lone_linear_layer_may_be_the_model():
+    linear = nn.Linear(6, 8)
+    layer = inject_lora(linear, r=2)
+    assert layer.base is linear
+    merged = flatlora.merge_lora(layer)
+    assert type(merged) is nn.Linear
+    assert torch.equal(merged(inputs()), linear(inputs()))
