@@ -409,7 +409,7 @@ def perturbed(model: nn.Module, sigma: float, seed: Any) -> Iterator[None]:
     """
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
-    plain_seed = _plain_seed(seed)
+    seed = _plain_seed(seed)
     layers = lora_layers(model)
     if any(layer.noise is not None for layer in layers.values()):
         raise RuntimeError("the model is perturbed already: perturbations do not nest")
@@ -418,7 +418,8 @@ def perturbed(model: nn.Module, sigma: float, seed: Any) -> Iterator[None]:
         if sigma > 0:
             with torch.no_grad():
                 for name, layer in layers.items():
-                    layer.noise = draw_noise(layer.merged_weight(layer.base.weight.dtype), sigma, [plain_seed, name])
+                    # In one line, since a name for W' would keep it in memory until the context ends.
+                    layer.noise = draw_noise(layer.merged_weight(layer.base.weight.dtype), sigma, seed, name)
         yield
     finally:
         for layer in layers.values():
@@ -457,8 +458,8 @@ class RowNoise(NamedTuple):
         return RowNoise(self.scale.to(device), self.normals.to(device))
 
 
-def draw_noise(weight: Tensor, sigma: float, seed: Any) -> RowNoise:
-    """Noise by eq. 7 for the rows of `weight`, that is W' (m, n), in its dtype and on its device.
+def draw_noise(weight: Tensor, sigma: float, seed: Any, name: str = "") -> RowNoise:
+    """Noise by eq. 7 for the rows of `weight`, that is W' (m, n) of the layer `name`, in its dtype and on its device.
 
     To draw fresh normals would be most of the cost of a step, so they are read from a table that is drawn once. Think
     of it as a circle of CIRCLE numbers. Each row of a layer is a window of n numbers; the windows stand at equal
@@ -475,7 +476,7 @@ def draw_noise(weight: Tensor, sigma: float, seed: Any) -> RowNoise:
     distance = CIRCLE // rows // 8 * 8  # multiples of 8, since compiled kernels read 16 aligned bytes at once
     span = (rows - 1) * distance + columns
 
-    generator = random.Random(json.dumps(seed))
+    generator = random.Random(json.dumps([_plain_seed(seed), name]))
     last_start = min(CIRCLE, 2 * CIRCLE - span)  # the table holds the circle twice, so that a window may pass its end
     start = generator.randrange(0, last_start, 8)
     start_of_signs = generator.randrange(CIRCLE)

@@ -282,8 +282,8 @@ def ablated(setting: Setting) -> Iterator[None]:
         std = filter_std(weight, sigma)  # (m, 1)
         return std.square().mean().sqrt().expand_as(std)
 
-    def draw_fresh_noise(weight: Tensor, sigma: float, seed: Any) -> flatlora.RowNoise:
-        number = random.Random(json.dumps(seed)).getrandbits(60)
+    def draw_fresh_noise(weight: Tensor, sigma: float, seed: Any, name: str) -> flatlora.RowNoise:
+        number = random.Random(json.dumps([seed, name])).getrandbits(60)
         normals = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))  # (m, n)
         return flatlora.RowNoise(flatlora.filter_std(weight, sigma), normals)
 
