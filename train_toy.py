@@ -1,13 +1,19 @@
 """The idea of Flat-LoRA in a minute, on a toy network: LoRA, Flat-LoRA and SAM.
 
-    python train_toy.py    # twenty target tasks: table, landscape, verdict, out/toy.json
+    python train_toy.py
+
+trains on twenty target tasks, prints a table, the loss landscape and a verdict,
+and writes out/toy.json. To draw the picture of the idea, train for so long that
+LoRA overfits:
+
+    python train_toy.py --seeds 2 --steps 1500 --lr 3e-3 --plot idea
 
 A random network, the teacher, labels the source task, on which a student is
-trained once. Each target task moves the teacher by matrices of low rank, so that
-LoRA can follow. It has 300 training samples, a tenth of them labelled at random.
-The "shifted" test has the same labels on inputs that are moved and wider. On one
-task all methods start from the same adapters and see the same batches, so that
-their differences are paired.
+trained once. Each target task moves the teacher by matrices of low rank, so
+that LoRA can follow. It has 300 training samples, a tenth of them labelled at
+random. The "shifted" test has the same labels on inputs that are moved and
+wider. On one task all methods start from the same adapters and see the same
+batches, so that their differences are paired.
 """
 
 from __future__ import annotations
@@ -193,8 +199,9 @@ def merged_gradients(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) 
             weight.requires_grad_(True)
         for batch in batches:
             part = loss_fn(model, batch) / len(batches)
-            for gradient, by_batch in zip(gradients, torch.autograd.grad(part, weights, materialize_grads=True)):
-                gradient += by_batch
+            by_batch = torch.autograd.grad(part, weights, materialize_grads=True)
+            for gradient, addend in zip(gradients, by_batch):
+                gradient += addend
             loss += part.item()
     finally:
         for weight in weights:
@@ -441,6 +448,8 @@ def verdict(summary: dict[str, Any]) -> str:
 
 MAGNIFIED = 5  # the noise in the picture: it spreads over all directions, of which a plane shows two
 DOTS = 150
+ACROSS = torch.linspace(-0.4, 1.5, 39)  # x, with 0 and 1 in it
+UP = torch.linspace(-0.18, 0.18, 61)  # y, as a share of |W'|
 RISE = 0.5  # of the loss, at the ends of the bars
 LEVELS = [0.0, 0.15, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -472,20 +481,24 @@ class Plane(NamedTuple):
 def slice_of_loss(lora: nn.Module, flat: nn.Module, train: Data, sigma: float) -> Plane:
     """x is within reach of A and B. y is out of it all along x."""
     worst = worst_out_of_reach(lora, flat, train)
-    size = float(total_norm([layer.weight.detach() for layer in lora_layers(lora).values()]))
-    x = torch.linspace(-0.4, 1.5, 65)
-    y = torch.linspace(-0.18 * size, 0.18 * size, 51)
+    size = total_norm([layer.weight for layer in lora_layers(lora).values()])  # |W'| of all layers
+    y = UP * size.detach()
 
     model = copy.deepcopy(lora)
-    loss = torch.empty(len(y), len(x))
-    with torch.no_grad():
-        for column, share in enumerate(x):
-            for p, start, end in zip(lora_parameters(model), lora_parameters(lora), lora_parameters(flat)):
-                p.copy_(start + share * (end - start))
-            for row, size in enumerate(y):
-                with shifted(model, [size * part for part in worst]):
-                    loss[row, column] = loss_fn(model, train)
-        return Plane(x, y, loss, noise_in_plane(lora, flat, worst, sigma))
+    loss = torch.empty(len(y), len(ACROSS))
+    for column, share in enumerate(ACROSS):
+        move_between(model, lora, flat, share)
+        for row, distance in enumerate(y):
+            with torch.no_grad(), shifted(model, [distance * part for part in worst]):
+                loss[row, column] = loss_fn(model, train)
+    return Plane(ACROSS, y, loss, noise_in_plane(lora, flat, worst, sigma))
+
+
+@torch.no_grad()
+def move_between(model: nn.Module, lora: nn.Module, flat: nn.Module, share: Tensor) -> None:
+    """Give the model A and B on the line from those of LoRA, at 0, to those of Flat-LoRA, at 1."""
+    for p, start, end in zip(lora_parameters(model), lora_parameters(lora), lora_parameters(flat)):
+        p.copy_(start + share * (end - start))
 
 
 def worst_out_of_reach(lora: nn.Module, flat: nn.Module, train: Data, size: float = 1.0) -> list[Tensor]:
@@ -512,7 +525,7 @@ def worst_out_of_reach(lora: nn.Module, flat: nn.Module, train: Data, size: floa
 def out_of_reach(change: Tensor, lora: LoRALinear, flat: LoRALinear) -> Tensor:
     """The part of a change of W' (m, n) that no small step of A and B makes, in either layer or in between.
 
-    Such a step changes W' by s (b A + B a), whose rows lie in those of A or whose columns lie in those of B.
+    Such a step changes W' by s (b A + B a). The rows of b A are sums of those of A, the columns of B a of those of B.
     """
     rows = torch.cat([lora.lora_A, flat.lora_A])  # (2 r, n)
     columns = torch.cat([lora.lora_B, flat.lora_B], dim=1)  # (m, 2 r)
@@ -522,8 +535,9 @@ def out_of_reach(change: Tensor, lora: LoRALinear, flat: LoRALinear) -> Tensor:
     return change - column_basis @ (column_basis.T @ change)
 
 
+@torch.no_grad()
 def noise_in_plane(lora: nn.Module, flat: nn.Module, worst: Sequence[Tensor], sigma: float) -> Tensor:
-    """Where draws of the noise on Flat-LoRA's W' lie in the plane, (DOTS, 2)."""
+    """Where draws of the full noise on Flat-LoRA's W' lie in the plane, (DOTS, 2)."""
     places = torch.zeros(DOTS, 2)
     ends = zip(lora_layers(lora).values(), lora_layers(flat).values())
     length = 0.0
@@ -576,7 +590,7 @@ def save_picture(plane: Plane, theme: Theme, path: Path) -> None:
 
     axes.set_xlabel("\u2190 within reach of A and B \u2192", color=theme.ink, fontsize=15)
     axes.set_ylabel("\u2190 out of their reach \u2192", color=theme.ink, fontsize=15)
-    axes.set_xlim(plane.x[0], plane.x[-1])
+    axes.set_xlim(float(plane.x[0]), float(plane.x[-1]))
     axes.set_ylim(-top, top)
     figure.savefig(path, dpi=160)
     matplotlib.pyplot.close(figure)
@@ -646,11 +660,12 @@ def arguments() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--methods", nargs="+", default=["flat", "sam"], choices=LETTERS, help="to compare with lora (flat sam)")
+    methods_help = "of flat, sam and sam-full, those to train beside lora (flat sam)"
+    add("--methods", nargs="+", default=["flat", "sam"], choices=LETTERS, metavar="METHOD", help=methods_help)
     add("--seeds", type=int, default=20, help="number of target tasks (%(default)s)")
     add("--out", type=Path, default=Path("out"), help="folder for toy.json (%(default)s)")
-    add("--plot", type=Path, metavar="NAME", help="draw NAME-light.png, NAME-dark.png: a slice of the loss")
-    add("--pretrain-steps", type=int, default=1500, help="steps on the source task (%(default)s)")
+    add("--plot", type=Path, metavar="NAME", help="draw NAME-light.png and NAME-dark.png")
+    add("--pretrain-steps", type=int, metavar="STEPS", default=1500, help="steps on the source task (%(default)s)")
     add("--steps", type=int, default=Settings.steps, help="steps of each fine-tuning (%(default)s)")
     add("--lr", type=float, default=Settings.lr, help="AdamW's, decayed along a cosine (%(default)s)")
     add("--r", type=int, default=Settings.r, help="rank of the adapters (%(default)s)")
@@ -700,10 +715,10 @@ def check(args: argparse.Namespace) -> None:
     check_writable(args.out / "toy.json")
     if args.plot:
         import_matplotlib()
-        if args.sigma == 0 or 2 * args.r >= HIDDEN:
-            raise ValueError(
-                f"--plot needs --sigma above 0, and --r below {HIDDEN // 2}, so that A and B miss something"
-            )
+        if args.sigma == 0 or args.lr == 0:
+            raise ValueError("--plot needs --sigma and --lr above 0, or both methods end in one point")
+        if 2 * args.r >= HIDDEN:
+            raise ValueError(f"--plot needs --r below {HIDDEN // 2}, or nothing is out of reach of A and B")
         for word in THEMES:
             check_writable(picture_file(args.plot, word))
 
