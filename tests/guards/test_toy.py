@@ -421,17 +421,17 @@ def test_the_table_shows_the_numbers_of_the_json(tiny_run):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_run_repeats_and_ascii_shows_what_it_can(tiny_run, tmp_path):
+def test_a_run_repeats_and_ascii_shows_what_it_can(tiny_run, call, tmp_path):
     text, file = tiny_run
-    command = [sys.executable, train_toy.__file__, *TINY, "--out", str(tmp_path / "ü")]
-    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, env=ascii_only, capture_output=True, timeout=120)
-    assert done.returncode == 0
-    assert done.stdout.decode("ascii").startswith(text.replace("± ", "+-"))
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with contextlib.redirect_stdout(stream):
+        call(*TINY, "--out", tmp_path / "ü")
+    stream.flush()
+    assert stream.buffer.getvalue().decode("ascii").startswith(text.replace("± ", "+-"))
     assert (tmp_path / "ü" / "toy.json").read_bytes() == file
 
 
-def test_the_measures_are_those_of_their_splits(call):
+def test_the_measures_are_those_of_their_splits():
     model = adapted(torch.float32).eval()
     splits = {name: batch for name, batch in zip(["train", "test"], two_batches(torch.float32))}
     result = train_toy.measure(model, splits, seed=5, samples=2)
