@@ -186,6 +186,7 @@ def memories(size):
     """Where the tensors of this process lie that take up `size` bytes or more."""
     found = set()
     for thing in gc.get_objects():
-        if type(thing) in (Tensor, nn.Parameter) and thing.untyped_storage().nbytes() >= size:
+        ordinary = type(thing) in (Tensor, nn.Parameter)
+        if ordinary and thing.layout == torch.strided and thing.nbytes >= size:
             found.add(memory_of(thing))
     return found
