@@ -1,41 +1,43 @@
 """Flat-LoRA: low-rank fine-tuning that ends in a minimum which is flat in the full weight space.
 
-Li et al., ICML 2025, https://arxiv.org/abs/2409.14396; equation numbers are those of its version 2.
+Li et al., ICML 2025, https://arxiv.org/abs/2409.14396; equation numbers are those of its second version.
 
     model = inject_lora(model, r=8, alpha=16, targets=["q_proj", "v_proj"])
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)
-    for step, batch in enumerate(loader):
+    for step, batch in enumerate(loader):  # step counts on over the epochs
         optimizer.zero_grad()
-        with perturbed(model, sigma_at(step, total_steps, sigma=0.05), seed=(0, step)):
+        with perturbed(model, sigma_at(step, total_steps, sigma=0.05), seed=(run, step)):
             loss_fn(model, batch).backward()
         optimizer.step()
-    merge_lora(model)
+    model = merge_lora(model)
 
 LoRA.    A linear layer with m outputs and n inputs has a weight W (m, n). LoRA freezes W and trains two thin matrices,
          B (m, r) and A (r, n). The layer computes with the merged weight W' = W + s B A, where s = alpha / r.
 
 Flat.    A minimum is flat if the loss stays low when the weights move a little. Such minima tend to generalise better.
          What is used in the end is W', so the loss should be flat around W', in all of its m n directions. Noise on A
-         and B would not look there: while B is small, it moves W' in the directions of the r rows of A alone (eq. 4).
+         and B would not look there: while B is small, it moves the rows of W' only within the span of the r rows of A.
 
 Noise.   So Flat-LoRA minimises the expected loss under noise on W',
 
-             min over A, B of  E[ L(W + s B A + eps) ]                (eq. 6)
+             min over A, B of  E[ L(W' + eps) ]                       (eq. 6)
              eps_ij ~ N(0, sigma^2 |W'_i|^2 / n)                      (eq. 7)
 
-         by a one-sample estimate: each step draws one eps, and the gradient at W' + eps updates A and B. That takes one
-         forward and one backward pass, where sharpness-aware minimisation (`sam_step`) takes two of each.
+         by a one-sample estimate: each step draws one eps, holds it constant, and updates A and B by the gradient at
+         W' + eps. That takes one forward and one backward pass; sharpness-aware minimisation (`sam_step`) takes two.
 
 Filter.  A filter is a row of W': the weights W'_i of one output. Its noise is scaled by its own length |W'_i|, so that
          strong and weak rows are perturbed alike. The length of W_i would miss what training has added to the row.
 
 Sigma.   With the 1 / n, E|eps_i|^2 = sigma^2 |W'_i|^2: each row moves by a fraction sigma of its length, whatever n is.
-         So does its output: for inputs of mean zero, the variance of an output grows by a factor 1 + sigma^2. Inputs
-         x of another mean add sigma^2 |W'_i|^2 E(x)^2 to it (proposition 3.2).
+         The outputs move alike: over independent inputs of mean zero and equal variance, the noise multiplies the
+         variance of an output by 1 + sigma^2. Inputs x with another mean add sigma^2 |W'_i|^2 E(x)^2 to it
+         (proposition 3.2). The paper's best values of sigma are 0.05 to 0.15.
 
-Frozen.  W is never written. Each product makes W + eps in memory of its own, in the forward and again in the backward.
-         In between, a layer keeps one number per row and its place in a table of normals. So an exception or Ctrl-C
-         leaves no noise behind; what a loop of your own may leave is the `.grad` of the step that was cut short.
+Frozen.  W is never written. Since (W' + eps) x = (W + eps) x + s B A x, the layer makes W + eps in memory of its own,
+         multiplies by it and drops it; the backward does so again. In between, a layer keeps one number per row and its
+         place in a table of normals. So an exception or Ctrl-C leaves no noise behind. What may remain is the `.grad`
+         of the step that was cut short, until the next `zero_grad`.
 
 The end of this file lists the departures from the paper and from the authors' code.
 """
@@ -50,7 +52,7 @@ import random
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -58,15 +60,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 # ---- LoRA ----------------------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear, `base`, and a trainable update of low rank: h = W x + b + s B A x (eq. 1).
+    """A frozen nn.Linear, `base`, and a trainable update of low rank: h = W x + b + s B A x (eq. 1, with s).
 
-    To the rest of the model it is an nn.Linear with the weight W'. B starts at zero, so the first output is that of
-    `base`. A and B are float32 at least, since half precision would lose small updates.
+    The rest of the model may use it like an nn.Linear whose weight is W'. B starts at zero, so the first output is that
+    of `base`. A and B are float32 at least, since half precision would lose small updates.
     """
 
     def __init__(self, base: nn.Linear, r: int = 8, alpha: float = 16, dropout: float = 0.0) -> None:
@@ -96,7 +100,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W' (m, n), plus eps inside `perturbed`; differentiable. For models that read it past the forward."""
+        """W' (m, n), plus eps inside `perturbed`; differentiable. For models that use it without calling the layer."""
         weight = self.merged_weight(self.lora_A.dtype)
         if self.noise is not None:
             weight = self.noise.to(weight.device).added_to(weight)
@@ -107,7 +111,7 @@ class LoRALinear(nn.Module):
         A = self.lora_A.to(dtype)
         B = self.lora_B.to(dtype)
         copy_of_W = self.base.weight.to(dtype, copy=True)
-        return copy_of_W.addmm_(B, A, alpha=self.scaling)  # in place, which autocast does not round
+        return copy_of_W.addmm_(B, A, alpha=self.scaling)  # autocast would run `addmm` in half precision, not `addmm_`
 
     @property
     def bias(self) -> Tensor | None:
@@ -117,238 +121,11 @@ class LoRALinear(nn.Module):
         return {**self.__dict__, "noise": None}  # so a copy taken inside `perturbed` is clean
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """A checkpoint of the model without adapters has "fc.weight" where this one has "fc.base.weight"."""
+        """Accept a checkpoint of the model without adapters too: its "fc.weight" is "fc.base.weight" here."""
         for key in ("weight", "bias"):
             if prefix + key in state_dict:
                 state_dict[f"{prefix}base.{key}"] = state_dict.pop(prefix + key)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def inject_lora(
-    model: nn.Module,
-    r: int = 8,
-    alpha: float = 16,
-    dropout: float = 0.0,
-    targets: str | Sequence[str] = ".*",
-    modules_to_save: str | Sequence[str] = (),
-) -> nn.Module:
-    """Freeze `model`, put a `LoRALinear` in place of each nn.Linear named by `targets`, return the model.
-
-    `targets`: a regular expression for the whole name, or a list of names, where "c_attn" is every layer called so.
-    `modules_to_save`: likewise, the modules that train whole, such as a new classification head (PEFT's word).
-    A weight that two modules hold (GPT-2's lm_head and wte) is passed over, so that it stays tied. A later call adds
-    its own layers and changes nothing else. ValueError, before anything is changed: a name fits nothing, or a layer
-    does more than W x + b or is not of plain floating-point numbers.
-    """
-    modules = dict(_named_modules(model))
-    adapted_before = any(isinstance(module, LoRALinear) for module in modules.values())
-    whole = _fitting("modules_to_save", modules_to_save, modules)
-    inside_whole = {part for module in whole.values() for part in module.modules()}
-    if any(isinstance(part, LoRALinear) for part in inside_whole):
-        raise ValueError(f"modules_to_save must not hold layers with adapters, got {modules_to_save!r}")
-
-    holders = Counter(p for module in set(modules.values()) for p in module.parameters(recurse=False))
-    candidates = {}
-    for name, module in modules.items():
-        trains_whole = module in inside_whole or (adapted_before and _trains_whole(module))
-        if isinstance(module, nn.Linear) and holders[module.weight] <= 1 and not trains_whole:
-            candidates[name] = module
-
-    chosen = _fitting("targets", targets, candidates)
-    if not chosen:
-        raise ValueError(f"targets must name a layer at least, got {targets!r}")
-    for name, layer in chosen.items():
-        _check_linear(name, layer)
-    adapters = {}
-    for layer in dict.fromkeys(chosen.values()):  # each once: a layer may have several names
-        adapters[layer] = LoRALinear(layer, r, alpha, dropout)
-
-    if not adapted_before:
-        model.requires_grad_(False)
-    _replace(model, adapters)
-    for module in whole.values():
-        module.requires_grad_(True)
-    return model
-
-
-WRAPPERS = {  # PyTorch's modules around a module, and what they call it
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "AveragedModel": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "OptimizedModule": "_orig_mod",  # torch.compile
-}
-
-
-def _named_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules that are no wrappers, under each of their names, without the parts that wrappers put into these."""
-    for kind in type(model).__mro__:
-        if kind.__name__ in WRAPPERS and kind.__module__.startswith("torch."):
-            yield from _named_modules(model._modules[WRAPPERS[kind.__name__]], name)
-            return
-
-    yield name, model
-    if isinstance(model, LoRALinear):
-        return
-    for key, child in model._modules.items():  # `named_children` would leave out a second name
-        if child is not None:
-            yield from _named_modules(child, f"{name}.{key}".lstrip("."))
-
-
-def _trains_whole(module: nn.Module) -> bool:
-    parameters = list(module.parameters())
-    return bool(parameters) and all(p.requires_grad for p in parameters)
-
-
-def _fitting(argument: str, wanted: str | Sequence[str], modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of `modules` that the expression or the names stand for. ValueError: one that stands for none."""
-    patterns = [wanted]
-    if not isinstance(wanted, str):
-        patterns = [rf"(.*\.)?{re.escape(name)}" for name in wanted]  # "attn" is "h.0.attn", but not "h.0.xattn"
-    found = {}
-    for name, module in modules.items():
-        if any(re.fullmatch(pattern, name) for pattern in patterns):
-            found[name] = module
-    for pattern in patterns:
-        if not any(re.fullmatch(pattern, name) for name in found):
-            raise ValueError(f"{argument}: {pattern!r} fits none of {[*modules]}")
-    return found
-
-
-def _check_linear(name: str, layer: nn.Module) -> None:
-    """ValueError unless `layer` computes W x + b and no more, with a plain W of a size that the table serves."""
-    hooks = [layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks]
-    own_forward = getattr(layer.forward, "__func__", None) is not nn.Linear.forward
-    if any(hooks) or own_forward or "weight" not in layer._parameters:
-        raise ValueError(f"{name} has hooks, a parametrization or its own forward, which an adapter would drop")
-    _check_plain(f"{name}.weight", layer.weight)
-    rows, columns = layer.weight.shape
-    if not (1 <= rows <= CIRCLE // 8 and 1 <= columns <= CIRCLE):
-        raise ValueError(
-            f"{name}.weight must have 1 to {CIRCLE // 8} rows and 1 to {CIRCLE} columns, got {rows, columns}"
-        )
-
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _check_plain(name: str, p: Any) -> None:
-    """ValueError unless `p` is a parameter of ordinary numbers: not quantised, not complex, not a DTensor."""
-    fake = hasattr(p, "fake_mode")  # a tensor without numbers, on which torch.export and memory estimates run
-    if not (type(p) is nn.Parameter or fake) or p.dtype not in FLOATS:
-        what = f"{type(p).__name__} of {getattr(p, 'dtype', 'no dtype')}"
-        raise ValueError(f"{name} must be an nn.Parameter in float16, bfloat16, float32 or float64, got a {what}")
-
-
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put `new[module]` in the place of each module that it lists, under all of its names."""
-    for parent in list(model.modules()):  # listed first, since the new modules hold the old ones
-        for name, child in parent._modules.items():
-            if child in new:
-                parent._modules[name] = new[child]
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The `LoRALinear`s by name. ValueError: there are none, or one whose numbers are not all here."""
-    layers = {name: module for module, name in _names(model).items() if isinstance(module, LoRALinear)}
-    if not layers:
-        raise ValueError("the model has no LoRALinear layer: call inject_lora first")
-    for name, layer in layers.items():
-        m, n = layer.out_features, layer.in_features
-        _check_whole(f"lora_A of {name!r}", layer.lora_A, (layer.r, n))
-        _check_whole(f"lora_B of {name!r}", layer.lora_B, (m, layer.r))
-        _check_whole(f"base.weight of {name!r}", layer.base.weight, (m, n))
-    return layers
-
-
-def _names(model: nn.Module) -> dict[nn.Module, str]:
-    """The first name of each module."""
-    names: dict[nn.Module, str] = {}
-    for name, module in _named_modules(model):
-        names.setdefault(module, name)
-    return names
-
-
-def _check_whole(name: str, p: Any, shape: tuple[int, int]) -> None:
-    """ValueError unless the numbers of `p` are all here: FSDP leaves shards, accelerate's offloading meta tensors."""
-    _check_plain(name, p)
-    if p.shape != shape or p.device.type == "meta":
-        raise ValueError(f"{name} must be whole and in memory, got {tuple(p.shape)} of {shape} on {p.device}")
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """By name: lora_A and lora_B of each layer, and the modules that train whole, with buffers such as BatchNorm's."""
-    trained: dict[str, Tensor] = {}
-    for module, name in _names(model).items():
-        if isinstance(module, LoRALinear):
-            trained.update(module.named_parameters(prefix=name, recurse=False))
-        elif _trains_whole(module):
-            trained.update(module.state_dict(prefix=f"{name}.".lstrip("."), keep_vars=True))
-    return trained
-
-
-def _alphas(model: nn.Module) -> dict[str, Tensor]:
-    alphas = {}
-    for name, layer in lora_layers(model).items():
-        alphas[f"{name}.alpha".lstrip(".")] = torch.tensor(layer.alpha, dtype=torch.float64, device="cpu")
-    return alphas
-
-
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All that trains, in a fixed order: what the optimizer gets."""
-    lora_layers(model)  # raises if there are none
-    return [p for p in dict.fromkeys(_trained(model).values()) if p.requires_grad]
-
-
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all that trains, and each layer's alpha, without the base.
-
-    `{"transformer.h.0.attn.c_attn.lora_A": (r, n), "....lora_B": (m, r), ..., "....alpha": ()}`
-    """
-    alphas = _alphas(model)
-    copies = {name: tensor.detach().clone() for name, tensor in _trained(model).items()}
-    return copies | alphas
-
-
-@torch.no_grad()
-def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy in what `lora_state_dict` gave. ValueError, before any is written: it does not fit the model."""
-    alphas = _alphas(model)
-    trained = _trained(model)
-    expected = trained | alphas
-    given = alphas | dict(state)  # version 0.1 wrote no alpha
-    for name in sorted(expected.keys() | given.keys()):
-        if name not in given or name not in expected or given[name].shape != expected[name].shape:
-            raise ValueError(f"{name} is missing, not in the model or of another shape")
-    for name, alpha in alphas.items():
-        if given[name] != alpha:
-            raise ValueError(f"{name} is {given[name].item()} in the state and {alpha.item()} in the model")
-
-    for name, tensor in trained.items():
-        tensor.copy_(state[name])
-    torch.clear_autocast_cache()  # see `perturbed`
-
-
-@torch.no_grad()
-def merge_lora(model: nn.Module) -> nn.Module:
-    """Put a plain, frozen nn.Linear with weight W' in place of each `LoRALinear`, return the model.
-
-    RuntimeError, before anything is changed: the model is perturbed, or a W' is not finite.
-    """
-    plain = {}
-    for name, layer in lora_layers(model).items():
-        if layer.noise is not None:
-            raise RuntimeError(f"{name} cannot be merged: it is perturbed")
-        weight = layer.weight
-        if not weight.isfinite().all():
-            raise RuntimeError(f"{name} cannot be merged: W' is not finite in {weight.dtype}")
-        linear = copy.deepcopy(layer.base).requires_grad_(False)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        plain[layer] = linear
-
-    _replace(model, plain)
-    return plain.get(model, model)  # the model may be a LoRALinear itself
 
 
 # ---- The noise -----------------------------------------------------------------------------------------------
@@ -374,30 +151,40 @@ def sigma_at(step: int, total_steps: int, sigma: float, schedule: str = "cosine"
 def perturbed(model: nn.Module, sigma: float, seed: Any) -> Iterator[None]:
     """Inside, every `LoRALinear` computes with W' + eps. eps is drawn by eq. 7 from W' as it is on entry.
 
-    `seed`, a number or a tuple such as (run, step), and the layer's name fix eps: it is the same in all that runs
-    inside, so in all micro-batches of a step, on every device and in every thread. No global generator is used.
-    A backward may come after the context, but not under activation checkpointing, which runs the forward again:
-    there `use_reentrant=False` raises an error, and `use_reentrant=True` gives a wrong gradient without a word.
-    RuntimeError: the model is perturbed already.
+    `seed`, a number or a tuple such as (run, step), and the layer's name fix eps. So it is the same in all that runs
+    inside, such as the micro-batches of a step, on every device and in every thread, and no other layer changes it.
+    No global generator is used. Under DistributedDataParallel, (run, step, rank) gives each rank an eps of its own:
+    more samples of the expectation.
+
+    A backward may come after the context. Only under activation checkpointing, which runs the forward again, it must
+    lie inside: outside, `use_reentrant=False` raises an error, and `use_reentrant=True` gives a wrong gradient without
+    a word. A model may be compiled, before or after its first noise.
+
+    ValueError: sigma or the seed is none, or the model has no adapters. RuntimeError: the model is perturbed already.
     """
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
-    plain_seed = _plain_seed(seed)
+    seed = _plain_seed(seed)
     layers = lora_layers(model)
-    if any(layer.noise is not None for layer in layers.values()):
-        raise RuntimeError("the model is perturbed already: perturbations do not nest")
+    _check_not_perturbed(layers)
 
     try:
         if sigma > 0:
             with torch.no_grad():
                 for name, layer in layers.items():
-                    layer.noise = draw_noise(layer.merged_weight(layer.base.weight.dtype), sigma, [plain_seed, name])
+                    # In one line, since a name for W' would keep it in memory until the context ends.
+                    layer.noise = draw_noise(layer.merged_weight(layer.base.weight.dtype), sigma, seed, name)
         yield
     finally:
         for layer in layers.values():
             layer.noise = None
-        # An autocast context around the whole loop keeps casts of A and B, which the update makes wrong.
+        # Autocast around a whole loop keeps half-precision copies of A and B, which the optimizer is about to change.
         torch.clear_autocast_cache()
+
+
+def _check_not_perturbed(layers: Mapping[str, LoRALinear]) -> None:
+    if any(layer.noise is not None for layer in layers.values()):
+        raise RuntimeError("the model is perturbed already")
 
 
 def _plain_seed(seed: Any) -> Any:
@@ -413,48 +200,51 @@ def _plain_seed(seed: Any) -> Any:
     raise ValueError(f"seed must be a finite number, a text, or a tuple of these, got {seed!r}")
 
 
-CIRCLE = 2**22  # numbers in the table of normals, whose end is followed by its beginning
+CIRCLE = 2**22  # length of the table of normals, about 4 million
 
 
 class RowNoise(NamedTuple):
-    """eps = scale * normals, which is made anew for each use, in the dtype of W."""
+    """eps = signed_std * normals. The product is made anew for each use, in the dtype of W."""
 
-    scale: Tensor  # (m, 1), the std of each row with a random sign
+    signed_std: Tensor  # (m, 1), the std of each row with a random sign
     normals: Tensor  # (m, n), a view of the table
 
     def added_to(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """weight + eps (m, n), rounded once."""
-        return torch.addcmul(weight, self.normals, self.scale, out=out)
+        return torch.addcmul(weight, self.normals, self.signed_std, out=out)
 
     def to(self, device: torch.device) -> RowNoise:
-        return RowNoise(self.scale.to(device), self.normals.to(device))
+        return RowNoise(self.signed_std.to(device), self.normals.to(device))
 
 
-def draw_noise(weight: Tensor, sigma: float, seed: Any) -> RowNoise:
-    """Noise by eq. 7 for the rows of `weight`, that is W' (m, n), in its dtype and on its device.
+def draw_noise(weight: Tensor, sigma: float, seed: Any, name: str = "") -> RowNoise:
+    """Noise by eq. 7 for the rows of `weight`, that is W' (m, n) of the layer `name`, in its dtype and on its device.
 
     To draw fresh normals would be most of the cost of a step, so they are read from a table that is drawn once. Think
-    of it as a circle. The rows of a layer are windows of n numbers at equal distances around the circle, which start
-    at a random place:
+    of it as a circle of CIRCLE numbers. Each row of a layer is a window of n numbers; the windows stand at equal
+    distances around the circle, from a random place on:
 
-        row i = circle[start + i * distance : start + i * distance + n],    distance = CIRCLE / m
+        row i = circle[start + i * distance : start + i * distance + n],    distance about CIRCLE / m
 
-    So all rows together are one strided view, of which nothing is copied. Each row gets a random sign too, that of one
-    number from another stretch of the circle. By these signs rows are uncorrelated, and by the random places so are
-    layers and steps. Not exact: if m n > CIRCLE, the windows of neighbouring rows overlap, so that their sizes (not
-    their signs) are dependent.
+    All rows together are one strided view, so nothing is copied. Each row also gets a random sign: that of row i is the
+    sign of the i-th number from a second random place on. The signs make the rows of a layer uncorrelated; the random
+    places do so for layers and steps.
+
+    Fresh normals would differ in this: in a layer of about CIRCLE weights (2,048 x 2,048) or more, the windows of
+    neighbouring rows overlap. Such rows are uncorrelated, but not independent.
     """
     rows, columns = weight.shape
-    distance = CIRCLE // rows // 8 * 8  # multiples of 8, since compiled kernels read 16 aligned bytes at once
+    distance = 8 * (CIRCLE // rows // 8)  # multiples of 8, since compiled kernels read 16 aligned bytes at once
     span = (rows - 1) * distance + columns
 
-    generator = random.Random(json.dumps(seed))
-    start = generator.randrange(0, min(CIRCLE, 2 * CIRCLE - span), 8)
+    generator = random.Random(json.dumps([_plain_seed(seed), name]))
+    places = min(CIRCLE, 2 * CIRCLE - span)  # the table holds the circle twice, so that windows may pass its end
+    start = generator.randrange(0, places, 8)
     start_of_signs = generator.randrange(CIRCLE)
 
     table = _table(weight)  # (2 * CIRCLE,)
-    normals = table.as_strided((rows, columns), (distance, 1), start)  # (m, n)
-    signs = table[start_of_signs : start_of_signs + rows, None]  # (m, 1)
+    normals = table.as_strided((rows, columns), (distance, 1), start)  # (m, n), a view
+    signs = table.as_strided((rows, 1), (1, 1), start_of_signs)  # (m, 1), a view
     std = filter_std(weight, sigma).to(weight.dtype)  # (m, 1)
     return RowNoise(std.copysign(signs), normals)
 
@@ -462,7 +252,7 @@ def draw_noise(weight: Tensor, sigma: float, seed: Any) -> RowNoise:
 def filter_std(weight: Tensor, sigma: float) -> Tensor:
     """std of the noise of each row of W' (eq. 7): sigma |W'_i| / sqrt(n), (m, n) -> (m, 1).
 
-    For one std per matrix, replace `norms` by its root mean square.
+    For one std per matrix, put `norms = norms.square().mean().sqrt().expand_as(norms)` before the last line.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)  # norms taken in bfloat16 are off by about 0.3 %
     norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=dtype)  # (m, 1)
@@ -473,12 +263,14 @@ def _table(weight: Tensor) -> Tensor:
     """The circle twice over, (2 * CIRCLE,), in the dtype and on the device of `weight`."""
     table = _real_table(weight.dtype, weight.device)
     fake_mode = getattr(weight, "fake_mode", None)
-    return fake_mode.from_tensor(table) if fake_mode else table
+    if fake_mode:  # PyTorch's tensors without numbers, for export and estimates of memory
+        table = fake_mode.from_tensor(table)
+    return table
 
 
 @functools.cache
 def _real_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Made in a thread of its own, where no mode of the caller's is on: inference, fake tensors, a default device."""
+    """Drawn once and kept, in a new thread, where the caller's inference mode, default device and the like are off."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_draw_table, dtype, device).result()
 
@@ -492,14 +284,13 @@ def _draw_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 def noisy_linear(x: Tensor, linear: nn.Linear, noise: RowNoise) -> Tensor:
     """(W + eps) x + b, (..., n) -> (..., m). eps is a constant to the backward."""
     noise = noise.to(linear.weight.device)  # nn.DataParallel runs copies of a layer on other devices
-    someone_trains_it = any(p.requires_grad for p in linear.parameters())
-    if someone_trains_it or torch.jit.is_tracing():
-        return F.linear(x, noise.added_to(linear.weight), linear.bias)  # for which autograd keeps W + eps
+    if torch.jit.is_tracing() or any(p.requires_grad for p in linear.parameters()):  # someone trains W or b too
+        return F.linear(x, noise.added_to(linear.weight), linear.bias)  # autograd keeps W + eps
     return _NoisyLinear.apply(x, linear.weight, linear.bias, noise)
 
 
 class _NoisyLinear(torch.autograd.Function):
-    """(W + eps) x + b for a frozen layer. The backward makes W + eps again, so that nothing of that size is kept."""
+    """(W + eps) x + b for a frozen layer. The backward makes W + eps again, so that no layer keeps it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, noise: RowNoise) -> Tensor:
@@ -509,13 +300,15 @@ class _NoisyLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, normals = ctx.saved_tensors
-        # `added_to` with its factors swapped. A compiler would take two equal sums for one, and keep it in between.
-        noisy = torch.addcmul(weight, scale, normals, out=_memory_for(weight))  # (m, n)
+        weight, signed_std, normals = ctx.saved_tensors
+        # As in `added_to`, with the factors swapped: a compiler would compute two equal sums once and keep the result.
+        noisy = torch.addcmul(weight, signed_std, normals, out=_memory_for(weight))  # (m, n)
         return grad @ noisy.to(grad.dtype), None, None, None  # (..., n)
 
 
 class _Memory(threading.local):
+    """For each thread, one buffer per dtype."""
+
     def __init__(self) -> None:
         self.by_dtype: dict[torch.dtype, Tensor] = {}
 
@@ -524,14 +317,15 @@ _memory = _Memory()
 
 
 def _memory_for(weight: Tensor) -> Tensor | None:
-    """Memory for W + eps that this thread keeps: on a CPU, fresh memory takes longer to get than to fill.
+    """This thread's buffer, to make W + eps in, or None for new memory.
 
-    None where others plan memory, a GPU's allocator or a compiler; where a graph of the backward will keep W + eps;
-    and for tensors of a class of their own.
+    On a CPU it takes longer to allocate a matrix than to make W + eps. On a GPU it does not.
     """
-    if weight.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    if type(weight) not in (Tensor, nn.Parameter):
+    if torch.is_grad_enabled():  # this backward is itself differentiated: its graph will keep W + eps
+        return None
+    if type(weight) not in (Tensor, nn.Parameter):  # a tensor with ways of its own, such as a fake one
         return None
     if weight.dtype not in _memory.by_dtype:
         with torch.inference_mode(False):  # whose tensors could not be used outside of it
@@ -548,18 +342,18 @@ def flat_lora_step(
     model: nn.Module,
     loss_fn: LossFn,
     batches: Sequence[Any],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     sigma: float,
     seed: Any,
     max_grad_norm: float = math.inf,
-    scaler: torch.amp.GradScaler | None = None,
+    scaler: GradScaler | None = None,
 ) -> float:
     """One step on the expected loss (eq. 6): the gradient at W' + eps updates A and B. Returns the noisy loss.
 
-    All micro-`batches` share one eps, as in the authors' code. `scaler` is for float16 autocast. Under
-    DistributedDataParallel put the rank into the seed. ValueError: an argument, or the optimizer does not hold all that
-    trains. FloatingPointError, before the update: the loss or the gradient is not finite; with a `scaler`, the loss
-    alone, since the scaler passes over a step whose gradient is not.
+    `batches` is a list of micro-batches, which share one eps and count alike. `scaler` is for float16 autocast, which
+    `loss_fn` enters. Errors as in `perturbed`, and ValueError: an argument, or the optimizer does not hold what trains.
+    FloatingPointError, before the update: the loss or the gradient is not finite; with a `scaler` the loss alone, since
+    the scaler passes over a step whose gradient is not finite.
     """
     _check_step(model, batches, optimizer, max_grad_norm)
     with perturbed(model, sigma, seed):
@@ -569,7 +363,8 @@ def flat_lora_step(
     return loss
 
 
-def _check_step(model: nn.Module, batches: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+def _check_step(model: nn.Module, batches: Any, optimizer: Optimizer, max_grad_norm: float) -> None:
+    """ValueError for what would train nothing, or something else, without a word."""
     _check_batches(batches)
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm!r}")
@@ -577,20 +372,20 @@ def _check_step(model: nn.Module, batches: Any, optimizer: torch.optim.Optimizer
     held = _held_by(optimizer)
     left_out = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
     if left_out:
-        raise ValueError(f"the optimizer does not hold {left_out[:3]}, {len(left_out)} in all: make it anew")
+        raise ValueError(f"the optimizer does not hold {left_out[:3]}, {len(left_out)} in all, which train")
     frozen = sum(not p.requires_grad for p in held)
     if frozen:
         raise ValueError(f"the optimizer holds {frozen} frozen parameters: give it lora_parameters(model)")
 
-    accelerate = getattr(optimizer, "gradient_state", None)
-    if accelerate is not None and not accelerate.sync_gradients:
+    gradient_state = getattr(optimizer, "gradient_state", None)  # of an optimizer that accelerate has prepared
+    if gradient_state is not None and not gradient_state.sync_gradients:
         raise ValueError(
             "inside accelerate's `accumulate` an optimizer skips steps: use `perturbed` there, or leave "
             "it out and give all micro-batches to the step"
         )
 
 
-def _held_by(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, None]:
+def _held_by(optimizer: Optimizer) -> dict[nn.Parameter, None]:
     """Its parameters, in order."""
     return dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
 
@@ -600,7 +395,7 @@ def _check_batches(batches: Any) -> None:
         raise ValueError(f"batches must be a list of one batch or more, got {type(batches).__name__}")
 
 
-def _backward(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], scaler: torch.amp.GradScaler | None) -> float:
+def _backward(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], scaler: GradScaler | None) -> float:
     """Add the gradient of the mean loss of the micro-batches to the `.grad`s, return that loss."""
     losses = []
     for i, batch in enumerate(batches):
@@ -608,33 +403,34 @@ def _backward(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], scaler:
         if i < len(batches) - 1 and hasattr(model, "no_sync"):
             wait = model.no_sync()  # DistributedDataParallel: one exchange of gradients, at the last micro-batch
         with wait:
-            loss = _one_number(loss_fn(model, batch)) / len(batches)
+            loss = _checked_loss(loss_fn(model, batch)) / len(batches)
             scaled = loss if scaler is None else scaler.scale(loss)
             scaled.backward()
         losses.append(loss.detach())
-    return _finite("loss", torch.stack(losses).sum())
+    return _require_finite("loss", torch.stack(losses).sum())
 
 
-def _one_number(loss: Tensor) -> Tensor:
+def _checked_loss(loss: Tensor) -> Tensor:
+    """The loss with the shape (). ValueError: it is not one number."""
     if loss.numel() != 1:
         raise ValueError(f"loss_fn must return the mean over the batch, one number, got {tuple(loss.shape)}")
     return loss.reshape(())
 
 
-def _finite(name: str, value: Tensor) -> float:
+def _require_finite(name: str, value: Tensor) -> float:
     if not value.isfinite():
         raise FloatingPointError(f"the {name} is not finite: {value.item()}")
     return value.item()
 
 
-def _update(optimizer: torch.optim.Optimizer, max_grad_norm: float, scaler: torch.amp.GradScaler | None) -> None:
+def _update(optimizer: Optimizer, max_grad_norm: float, scaler: GradScaler | None) -> None:
     """Clip, check and apply the gradients."""
     if scaler is not None:
         scaler.unscale_(optimizer)  # before the norm is taken
     norm = nn.utils.clip_grad_norm_(_held_by(optimizer), max_grad_norm)
 
     if scaler is None:
-        _finite("norm of the gradient", norm)
+        _require_finite("norm of the gradient", norm)
         optimizer.step()
     else:
         scaler.step(optimizer)
@@ -648,40 +444,41 @@ def sam_step(
     model: nn.Module,
     loss_fn: LossFn,
     batches: Sequence[Any],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     rho: float,
     max_grad_norm: float = math.inf,
 ) -> float:
     """One step of sharpness-aware minimisation (Foret et al. 2021) of A and B. Returns the loss of the first pass.
 
-    Two passes: the gradient at (A, B) moved by rho along the first gradient, normalised over all layers, updates A
-    and B. So W' moves only as eq. 3 says. `modules_to_save` are moved as well, while Flat-LoRA puts no noise on them.
-    Errors as in `flat_lora_step`.
+    The first pass gives the gradient g, over all layers. The second one gives the gradient at (A, B) + rho g / |g|, by
+    which A and B are updated from where they were. So W' is moved only as a change of A and B can move it (eq. 3).
+    The `modules_to_save` are moved too, on which Flat-LoRA puts no noise. Errors as in `flat_lora_step`.
     """
     if not 0 <= rho < math.inf:
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
     _check_step(model, batches, optimizer, max_grad_norm)
+    _check_not_perturbed(lora_layers(model))
     parameters = lora_parameters(model)
 
     optimizer.zero_grad()
     loss = _backward(model, loss_fn, batches, scaler=None)
     moving = [p for p in parameters if p.grad is not None]
     norm = torch.stack([p.grad.norm() for p in moving]).norm()
-    steps = [rho * p.grad / norm.clamp_min(1e-12) for p in moving]
+    shifts = [rho * p.grad / norm.clamp_min(1e-12) for p in moving]
 
     optimizer.zero_grad()
-    with moved(moving, steps):
+    with moved(moving, shifts):
         _backward(model, loss_fn, batches, scaler=None)
     _update(optimizer, max_grad_norm, scaler=None)
     return loss
 
 
 @contextmanager
-def moved(parameters: Sequence[Tensor], steps: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, each parameter p is p + its step; afterwards it has its bits again."""
+def moved(parameters: Sequence[Tensor], shifts: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, each parameter is moved by its shift; afterwards it has its bits again."""
     before = [p.detach().clone() for p in parameters]
     try:
-        _write(parameters, [p + step for p, step in zip(before, steps)])
+        _write(parameters, [p + shift for p, shift in zip(before, shifts)])
         yield
     finally:
         _write(parameters, before)
@@ -701,7 +498,7 @@ def sharpness(
     """Mean rise of the loss, E[L(W' + eps)] - L(W'), over `samples` draws of eps by eq. 7.
 
     One seed gives the same directions at every sigma, and never those of a training step. Call `model.eval()` first.
-    Errors as in `perturbed`.
+    Errors as in `perturbed`, and for batches, samples (ValueError) and a loss that is not finite (FloatingPointError).
     """
     _check_batches(batches)
     if samples < 1:
@@ -716,25 +513,276 @@ def sharpness(
 
 
 def _mean_loss(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> float:
-    losses = [_one_number(loss_fn(model, batch)) for batch in batches]
-    return _finite("loss", torch.stack(losses).mean())
+    losses = [_checked_loss(loss_fn(model, batch)) for batch in batches]
+    return _require_finite("loss", torch.stack(losses).mean())
+
+
+# ---- Adapters: into a model, to a file, merged -----------------------------------------------------------------
+
+
+def inject_lora(
+    model: nn.Module,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = ".*",
+    modules_to_save: str | Sequence[str] = (),
+) -> nn.Module:
+    """Freeze `model`, put a `LoRALinear` in place of each nn.Linear named by `targets`, return the model.
+
+    `targets`: a regular expression for the whole name, or a list of names, where "q_proj" is every layer called so.
+    `modules_to_save` (PEFT's word): likewise, the modules that train whole, such as a new classification head. They
+    get no adapters and no noise. A later call adds its own layers and changes nothing else. What is no nn.Linear is
+    passed over, and so is a weight that two modules hold, such as GPT-2's lm_head and wte, which an adapter would part.
+
+    ValueError, before anything is changed: r, alpha or dropout; a name that fits nothing; a layer that does more than
+    W x + b or has a weight that is quantised, complex, empty or too large.
+    """
+    whole = _select("modules_to_save", modules_to_save, dict(_named_modules(model)))
+    chosen = _select("targets", targets, _possible_targets(model, whole.values()))
+    if not chosen:
+        raise ValueError(f"targets must name one layer or more, got {targets!r}")
+    for name, layer in chosen.items():
+        _check_linear(name, layer)
+
+    adapters = {}
+    for layer in dict.fromkeys(chosen.values()):  # each once: a layer may have several names
+        adapters[layer] = LoRALinear(layer, r, alpha, dropout)
+    if not _has_adapters(model):
+        model.requires_grad_(False)
+    _replace(model, adapters)
+    for module in whole.values():
+        module.requires_grad_(True)
+    return adapters.get(model, model)  # the model may be an nn.Linear itself
+
+
+WRAPPERS = {  # PyTorch's modules around a module, and what each calls the one inside
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "AveragedModel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "ActivationWrapper": "_checkpoint_wrapped_module",  # checkpoint_wrapper
+    "OptimizedModule": "_orig_mod",  # torch.compile
+}
+
+
+def _named_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Name and module, as `named_modules` gives them, but as if there were no wrappers.
+
+    A module with several names comes once under each. What is inside of a LoRALinear does not come.
+    """
+    for kind in type(model).__mro__:
+        if kind.__name__ in WRAPPERS and kind.__module__.startswith("torch."):
+            yield from _named_modules(model._modules[WRAPPERS[kind.__name__]], name)
+            return
+
+    yield name, model
+    if isinstance(model, LoRALinear):
+        return
+    for key, child in model._modules.items():  # `named_children` would leave out a second name
+        if child is not None:
+            yield from _named_modules(child, f"{name}.{key}".lstrip("."))
+
+
+def _possible_targets(model: nn.Module, whole: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """The nn.Linear layers whose weight no other module holds, without those that train whole, now or already."""
+    training = set()
+    for module in whole:
+        if _has_adapters(module):
+            raise ValueError("modules_to_save: a module with adapters inside cannot train whole")
+        training.update(module.modules())
+
+    modules = dict(_named_modules(model))
+    if _has_adapters(model):  # what an earlier call left to train
+        training.update(module for module in modules.values() if _trains_whole(module))
+
+    holders = Counter(p for module in set(modules.values()) for p in module.parameters(recurse=False))
+    possible = {}
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear) or module in training:
+            continue
+        is_tied = holders[module.weight] > 1
+        if not is_tied:
+            possible[name] = module
+    return possible
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def _trains_whole(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(p.requires_grad for p in parameters)
+
+
+def _select(argument: str, wanted: str | Sequence[str], modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of `modules` that the expression or the names stand for. ValueError: one that stands for none."""
+    patterns = [wanted]
+    if not isinstance(wanted, str):
+        patterns = [rf"(.*\.)?{re.escape(name)}" for name in wanted]  # "attn" is "h.0.attn", but not "h.0.xattn"
+    found = set()
+    for pattern in patterns:
+        names = [name for name in modules if re.fullmatch(pattern, name)]
+        if not names:
+            some = ", ".join([*modules][:8])
+            raise ValueError(f"{argument}: {pattern!r} fits none of the {len(modules)} that can be: {some} ...")
+        found.update(names)
+    return {name: module for name, module in modules.items() if name in found}
+
+
+def _check_linear(name: str, layer: nn.Module) -> None:
+    """ValueError unless `layer` computes W x + b and no more, with a W for which there is noise."""
+    hooks = [layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks]
+    own_forward = getattr(layer.forward, "__func__", None) is not nn.Linear.forward
+    if any(hooks) or own_forward or "weight" not in layer._parameters:
+        raise ValueError(f"{name} has hooks, a parametrization or its own forward, which an adapter would drop")
+    _check_numbers(f"{name}.weight", layer.weight)
+    rows, columns = layer.weight.shape  # see `draw_noise`: rows start 8 numbers apart or more, within one circle
+    if not (1 <= rows <= CIRCLE // 8 and 1 <= columns <= CIRCLE):
+        raise ValueError(
+            f"{name}.weight must have 1 to {CIRCLE // 8} rows and 1 to {CIRCLE} columns, got {rows, columns}"
+        )
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_numbers(name: str, p: Any) -> None:
+    """ValueError unless `p` is a parameter of plain floating-point numbers: not quantised, not a DTensor (FSDP 2)."""
+    fake = hasattr(p, "fake_mode")  # see `_table`
+    if not (type(p) is nn.Parameter or fake) or p.dtype not in FLOATS:
+        what = f"{type(p).__name__} of {getattr(p, 'dtype', 'no dtype')}"
+        raise ValueError(f"{name} must be an nn.Parameter in float16, bfloat16, float32 or float64, got a {what}")
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put `new[module]` in the place of each module that it lists, under all of its names."""
+    for parent in list(model.modules()):  # listed first, since the new modules hold the old ones
+        for name, child in parent._modules.items():
+            if child in new:
+                parent._modules[name] = new[child]
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The `LoRALinear`s by name. ValueError: there are none, or one is sharded, offloaded or on the meta device."""
+    layers = {name: module for module, name in _names(model).items() if isinstance(module, LoRALinear)}
+    if not layers:
+        raise ValueError("the model has no LoRALinear layer: call inject_lora first")
+    for name, layer in layers.items():
+        m, n = layer.out_features, layer.in_features
+        _check_present(f"lora_A of {name!r}", layer.lora_A, (layer.r, n))
+        _check_present(f"lora_B of {name!r}", layer.lora_B, (m, layer.r))
+        _check_present(f"base.weight of {name!r}", layer.base.weight, (m, n))
+    return layers
+
+
+def _names(model: nn.Module) -> dict[nn.Module, str]:
+    """The first name of each module."""
+    names: dict[nn.Module, str] = {}
+    for name, module in _named_modules(model):
+        names.setdefault(module, name)
+    return names
+
+
+def _check_present(name: str, p: Any, shape: tuple[int, int]) -> None:
+    """ValueError unless all of `p` is in memory: FSDP leaves a part on each rank, offloading by accelerate none."""
+    _check_numbers(name, p)
+    if p.shape != shape or p.device.type == "meta":
+        raise ValueError(f"{name} must be all in memory, got {tuple(p.shape)} of {shape} on {p.device}")
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """lora_A and lora_B of each layer, and the modules that train whole with their buffers (BatchNorm's), by name."""
+    trained: dict[str, Tensor] = {}
+    for name, layer in lora_layers(model).items():
+        trained.update(layer.named_parameters(prefix=name, recurse=False))
+    for module, name in _names(model).items():
+        if _trains_whole(module):
+            trained.update(module.state_dict(prefix=f"{name}.".lstrip("."), keep_vars=True))
+    return trained
+
+
+def _alphas(model: nn.Module) -> dict[str, Tensor]:
+    """What a state holds beside `_trained`, as tensors since the formats of files want them."""
+    alphas = {}
+    for name, layer in lora_layers(model).items():
+        alphas[f"{name}.alpha".lstrip(".")] = torch.tensor(layer.alpha, dtype=torch.float64, device="cpu")
+    return alphas
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What the optimizer gets: lora_A and lora_B of each layer and the `modules_to_save`, in a fixed order."""
+    return [p for p in dict.fromkeys(_trained(model).values()) if p.requires_grad]
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of lora_A, lora_B and alpha of each layer, and of the `modules_to_save`.
+
+    `{"h.0.q_proj.lora_A": (r, n), "h.0.q_proj.lora_B": (m, r), ..., "h.0.q_proj.alpha": (), ...}`
+    """
+    alphas = _alphas(model)
+    copies = {name: tensor.detach().clone() for name, tensor in _trained(model).items()}
+    return copies | alphas
+
+
+@torch.no_grad()
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy in what `lora_state_dict` gave. ValueError, before any is written: it does not fit the model."""
+    alphas = _alphas(model)
+    trained = _trained(model)
+    expected = trained | alphas
+    given = alphas | dict(state)  # an older state holds no alpha: the model's is taken
+    for name in sorted(expected.keys() | given.keys()):
+        if name not in given or name not in expected or given[name].shape != expected[name].shape:
+            raise ValueError(f"{name} is missing, not in the model or of another shape")
+    for name, alpha in alphas.items():
+        if given[name] != alpha:
+            raise ValueError(f"{name} is {given[name].item()} in the state and {alpha.item()} in the model")
+
+    for name, tensor in trained.items():
+        tensor.copy_(state[name])
+    torch.clear_autocast_cache()  # see `perturbed`
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Put a plain, frozen nn.Linear with weight W' in place of each `LoRALinear`, return the model.
+
+    RuntimeError, before anything is changed: the model is perturbed, or a W' is not finite.
+    """
+    plain = {}
+    layers = lora_layers(model)
+    _check_not_perturbed(layers)
+    for name, layer in layers.items():
+        weight = layer.weight
+        if not weight.isfinite().all():
+            raise RuntimeError(f"{name} cannot be merged: W' is not finite in {weight.dtype}")
+        linear = copy.deepcopy(layer.base).requires_grad_(False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        plain[layer] = linear
+
+    _replace(model, plain)
+    return plain.get(model, model)  # the model may be a LoRALinear itself
 
 
 # ---- Departures ----------------------------------------------------------------------------------------------
 #
 # From the paper:
-# - The normals are windows of one table instead of fresh ones; `draw_noise` says what is not exact about it.
-# - Scale, normals and W + eps have the dtype of W. In bfloat16 a small sigma rounds away in part: of 0.001 three
-#   quarters arrive, of 0.0002 a third. So the first steps of the cosine have less noise than asked for.
-# - The formulas of the paper leave out the scaling s, which its code has.
+# - The normals are windows of one table instead of fresh ones, which would cost more than all else; `draw_noise` says
+#   what is not exact about it.
+# - The std, the normals, W + eps and the W' whose length is taken have the dtype of W, which halves the memory traffic
+#   of a half-precision model. In bfloat16 a small sigma rounds away: 0.01 still moves four weights of five, 0.001 one
+#   of five. So the first steps of the cosine have less noise than asked for.
+# - W' has the scaling s, which the formulas of the paper leave out and its code has.
 #
-# From the authors' code. It adds eps to the stored W before the first micro-batch of a step, and after the last one it
+# From the authors' code. Theirs adds eps to the stored W before the first micro-batch of a step. After the last one it
 # draws the same eps again, from a seed that it kept, and subtracts it.
 # - Here W keeps its bits. To add and subtract rounds twice, by which a "frozen" bfloat16 W drifts.
-# - eps follows from (seed, name of the layer). There it follows from the clock, through torch's global generator, so
-#   that a run cannot be repeated and dropout changes with it.
-# - Each nn.Linear that is named gets noise or is an error, but for tied ones, which are passed over. There other kinds
-#   of layers than one class of PEFT's train without noise, silently.
-# - The schedule counts optimizer steps up to a `total_steps` that is given. There its length does not regard a limit on
-#   the number of steps, nor the number of processes.
-# The same in both: one eps per step, shared by its micro-batches; the noise grows from zero along a cosine.
+# - Here eps follows from (seed, name of the layer). There it follows from the clock, by way of torch's global
+#   generator: a run cannot be repeated, and its dropout is not that of a run without noise.
+# - Here every adapter gets noise. There only adapters on one class of PEFT's layers do; others train without it, and
+#   nothing says so.
+# - Here the schedule counts optimizer steps up to a `total_steps` that is given. There its length takes no account of a
+#   limit on the number of steps, nor of the number of processes.
+# Alike are: one eps per step, shared by its micro-batches, and a strength that grows from zero along a cosine.

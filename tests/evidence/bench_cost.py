@@ -4,8 +4,9 @@
     python tests/evidence/bench_cost.py --full    # 15 minutes: more shapes, more rounds
     python tests/evidence/bench_cost.py --device cuda --depth 12 --tokens 8192    # under bfloat16 autocast
 
-The model is a stack of GPT-2 blocks. Times: in each round every method takes one step, in an order that changes, and
-its time is divided by LoRA's in the same round. Memory: each method runs in a process of its own.
+The model is a stack of GPT-2 blocks; where CUDA is there, also four blocks of Llama-7B's width in bfloat16. Times: in
+each round every method takes one step, in an order that changes, and its time is divided by LoRA's in the same round.
+Memory: each method runs in a process of its own.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
@@ -35,18 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import flatlora
 import train_gpt2
+import train_toy
 
 # Imported here, so that its modules are in the memory of every method.
 peft = importlib.import_module("peft") if importlib.util.find_spec("peft") else None
 METHODS = {"lora": "LoRA", "peft": "PEFT's LoRA", "flat": "Flat-LoRA", "add": "add and subtract"}
 METHODS |= {"sam": "SAM on (A, B)", "sam-full": "SAM on W'"}
 PRESENT = [method for method in METHODS if peft or method != "peft"]
-GOALS = {
-    "512 tokens": "1.10",
-    "2,048 tokens": "1.03",
-    "8 x 512 tokens": "1.07",
-    "busy": "1.50",
-}  # at most, for Flat-LoRA
 SIGMA, RHO, CONTEXT, DTYPES = 0.05, 0.05, 256, {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPAWN = multiprocessing.get_context("spawn")  # new processes, which share nothing with this one
 
@@ -63,6 +60,96 @@ class Cell:
 
 
 # ---- What is compared ----------------------------------------------------------------------------------------
+class LlamaBlock(nn.Module):
+    """A block of Llama's shape. Positions are not rotated, which takes next to no time."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = width * 43 // 16  # 11,008 for 4,096
+        self.heads = max(1, width // 128)
+        self.norm_1 = nn.LayerNorm(width, bias=False)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.norm_2 = nn.LayerNorm(width, bias=False)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm_1(x)  # (B, T, C)
+        q, k, v = (self.split_heads(project(normed)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        x = x + self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
+        normed = self.norm_2(x)
+        return x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))  # (B, T, C)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, nh, T, hs)
+
+
+@dataclass(frozen=True)
+class LlamaCell:
+    batch: int
+    context: int
+    micro_batches: int = 1
+    width: int = 4096
+    depth: int = 4
+    r: int = 16
+    threads: int = 2
+    device: str = "cuda"
+
+
+LLAMA_CELLS = {
+    "1 x 1,024": LlamaCell(1, 1024),
+    "2 x 1,024": LlamaCell(2, 1024),
+    "8 x 2,048": LlamaCell(8, 2048),
+    "8 micro-batches of 1 x 1,024": LlamaCell(1, 1024, micro_batches=8),
+}
+
+
+def build_llama(cell: LlamaCell) -> tuple[nn.Module, list[Tensor], Any]:
+    """Model in bfloat16 with adapters in float32 on all seven projections, micro-batches and optimizer."""
+    torch.manual_seed(0)
+    with torch.device(cell.device):
+        model = nn.Sequential(*(LlamaBlock(cell.width) for _ in range(cell.depth))).to(torch.bfloat16)
+        shape = (cell.batch, cell.context, cell.width)  # (B, T, C)
+        batches = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(cell.micro_batches)]
+    flatlora.inject_lora(model, cell.r, 2 * cell.r)
+    return model, batches, torch.optim.AdamW(flatlora.lora_parameters(model), lr=1e-4)
+
+
+def llama_times(cell: LlamaCell, seconds: float, title: str) -> dict[str, Any]:
+    actions = {method: partial(step, method, *build_llama(cell)) for method in ("lora", "flat", "add", "sam")}
+    return rounds(actions, cell, seconds, title)
+
+
+def llama_parts(cell: LlamaCell, seconds: float) -> dict[str, Any]:
+    """What Flat-LoRA adds, against a plain copy of every adapted W: entering `perturbed`, and W + eps."""
+    model, _, _ = build_llama(cell)
+    layers = flatlora.lora_layers(model).values()
+
+    def copy_weights(seed: int) -> None:
+        for layer in layers:
+            layer.base.weight.clone()
+
+    def enter(seed: int) -> None:
+        with flatlora.perturbed(model, SIGMA, seed):
+            pass
+
+    with flatlora.perturbed(model, SIGMA, seed=0):
+        noises = [layer.noise for layer in layers]
+
+    def add_noise(seed: int) -> None:
+        for layer, noise in zip(layers, noises):
+            noise.added_to(layer.base.weight)
+
+    actions = {"copy of W": copy_weights, "W + eps": add_noise, "entering": enter}
+    with torch.no_grad():
+        return rounds(actions, cell, seconds, "parts")
+
+
 def build(method: str, cell: Cell, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Tensor], Any]:
     """Model, micro-batches and optimizer, equal for all methods."""
     torch.manual_seed(0)
@@ -87,7 +174,7 @@ def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
 def added(model: nn.Module, seed: int) -> Iterator[None]:
     """The authors' procedure, as described: add the noise to the stored weights, draw it again later and subtract it.
     From the global generator, seeded twice; merged weight, std and noise of each layer are full matrices."""
-    layers = [module for module in model.modules() if isinstance(module, flatlora.LoRALinear)]
+    layers = flatlora.lora_layers(model).values()
     norms = [layer.weight.detach().float().norm(dim=1, keepdim=True) for layer in layers]  # (m, 1) each
 
     def add(sign: int) -> None:
@@ -103,14 +190,15 @@ def added(model: nn.Module, seed: int) -> Iterator[None]:
 
 def step(method: str, model: nn.Module, batches: Sequence, optimizer: Any, seed: int, loss: Callable = loss_fn) -> None:
     if method.startswith("sam"):
-        flatlora.sam_step(model, loss, batches, optimizer, RHO, "full" if method == "sam-full" else "lora")
+        sam_step = train_toy.sam_on_merged_step if method == "sam-full" else flatlora.sam_step
+        sam_step(model, loss, batches, optimizer, RHO)
     else:
         with added(model, seed) if method == "add" else nullcontext():  # W may wait: the update is of A and B only
             flatlora.flat_lora_step(model, loss, batches, optimizer, SIGMA if method == "flat" else 0.0, seed)
 
 
 # ---- Time ----------------------------------------------------------------------------------------------------
-def rounds(actions: Mapping[str, Callable], cell: Cell, seconds: float, title: str) -> dict[str, Any]:
+def rounds(actions: Mapping[str, Callable], cell: Cell | LlamaCell, seconds: float, title: str) -> dict[str, Any]:
     """Do each action in turn, for `seconds` but at least four rounds, of which the first warms up. Milliseconds of the
     first action (median); lower quartile, median and upper quartile of each one's time as a multiple of it."""
     torch.set_num_threads(cell.threads)
@@ -170,7 +258,7 @@ def multiply(threads: int, started: Any) -> None:
 def memory_of(method: str, cell: Cell) -> dict[str, int]:
     """Bytes: the peak of this process in three steps, what lives between a forward and its backward, and the table of
     normals, which every method's process makes first, so that it is in no difference."""
-    table = flatlora._table(torch.float32, torch.device(cell.device))
+    table = flatlora._real_table(torch.float32, torch.device(cell.device))
     (model, batches, optimizer), stored = build(method, cell), []
     for seed in range(3):
         step(method, model, batches, optimizer, seed)
@@ -181,7 +269,7 @@ def memory_of(method: str, cell: Cell) -> dict[str, int]:
         held: list[Tensor] = []
         with saved_tensors_hooks(lambda tensor: held.append(tensor) or tensor, lambda tensor: tensor):
             loss = loss_fn(model, batch)
-        reused = [id(x) for x in vars(flatlora._thread).values()]  # one matrix for all layers: the peak counts it
+        reused = [id(x) for x in flatlora._memory.by_dtype.values()]  # one matrix for all layers: the peak counts it
         held += [x for x in gc.get_objects() if issubclass(type(x), Tensor) and id(x) not in reused]
         held += [x.grad for x in held if x.is_leaf and x.grad is not None]
         stored.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}.values()))
@@ -214,9 +302,14 @@ def time_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
         shown = [f"{median:.2f} ({low:.2f}-{high:.2f})" for low, median, high in cell["ratio"].values()]
         flat, add = (cell["ratio"][method][1] - 1 for method in ("flat", "add"))
         share = f"{flat / add:.2f}" if add > 0 else "-"
-        columns.append([title, f"{cell['ms']:.0f}", *shown[1:], share, GOALS.get(title, "-")])
+        columns.append([title, f"{cell['ms']:.0f}", *shown[1:], share])
     names = [METHODS[method] for method in cell["ratio"]]
-    return table([*zip(["", "LoRA, ms", *names[1:], "overhead, Flat / add", "goal for Flat-LoRA"], *columns)])
+    return table([*zip(["", "LoRA, ms", *names[1:], "overhead, Flat / add"], *columns)])
+
+
+def parts_table(found: Mapping[str, Any]) -> str:
+    medians = [f"{median:.2f}" for _, median, _ in found["ratio"].values()]
+    return table([["", *found["ratio"]], [f"times a copy, {found['ms']:.2f} ms", *medians]])
 
 
 def report(found: Mapping[str, Any]) -> str:
@@ -227,6 +320,9 @@ def report(found: Mapping[str, Any]) -> str:
     if found["forward"]:
         parts += ["The same of a forward of four layers, alone and beside a busy process"]
         parts += [time_table(found["forward"])]
+    if found.get("llama"):
+        parts += ["Four blocks of Llama-7B's width in bfloat16: the same by tokens of a pass, then the parts"]
+        parts += [time_table(found["llama"]), parts_table(found["llama_parts"])]
     for method in found["drift"]:
         above = [by[method][key] - by["lora"][key] for by in found["memory"].values() for key in ("peak", "stored")]
         drifts = [f"{value:.0e}" if value else "0" for value in found["drift"][method].values()]
@@ -235,8 +331,8 @@ def report(found: Mapping[str, Any]) -> str:
     size = next(iter(found["memory"].values()))["flat"]["table"] / 2**20
     parts += [
         f"Memory above LoRA's, at the peak and stored from forward to backward, with the\n"
-        f"largest adapted weight, {largest / 2**20:.1f} MiB, as 1. Goal for Flat-LoRA's peak: 1.3 and its table\n"
-        f"of normals, {size:.0f} MiB. Drift of W after {found['steps']} steps."
+        f"largest adapted weight, {largest / 2**20:.1f} MiB, as 1; not in it is the table of normals, {size:.0f} MiB.\n"
+        f"Drift of W after {found['steps']} steps."
     ]
     return "\n\n".join([*parts, table([["", *head, *(f"drift, {name}" for name in DTYPES)], *rows])])
 
@@ -277,6 +373,9 @@ def main() -> None:
         actions = {method: partial(step, method, *build(method, here)) for method in PRESENT}
         found["time"][title] = rounds(actions, here, seconds, title)
     found["forward"] = forward_times(cell, seconds / 2) if cell.device == "cpu" else {}
+    if torch.cuda.is_available():
+        found["llama"] = {title: llama_times(here, seconds, title) for title, here in LLAMA_CELLS.items()}
+        found["llama_parts"] = llama_parts(LLAMA_CELLS["1 x 1,024"], seconds)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(report(found))

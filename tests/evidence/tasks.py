@@ -13,6 +13,8 @@ import copy
 import functools
 import importlib.util
 import io
+import json
+import random
 import sys
 import tarfile
 import time
@@ -129,16 +131,15 @@ class Movies:
 
     def adapted(self, dropout: float) -> nn.Module:
         encoder = copy.deepcopy(self.encoder, {id(p): p for p in self.encoder.parameters()})
-        model = flatlora.inject_lora(Classifier(encoder), self.r, self.alpha, dropout, self.targets)
-        model.head.requires_grad_(True)
-        return model
+        model = Classifier(encoder)
+        return flatlora.inject_lora(model, self.r, self.alpha, dropout, self.targets, modules_to_save=["head"])
 
     def splits(self, seed: int, tuning: bool) -> Splits:
-        random = np.random.default_rng([seed, tuning])
+        rng = np.random.default_rng([seed, tuning])
         pools = [self.data[0][:3000] if tuning else self.data[0][3000:], *self.data[1:]]
-        movies, *others = [[pool[i] for i in random.permutation(len(pool))] for pool in pools]
+        movies, *others = [[pool[i] for i in rng.permutation(len(pool))] for pool in pools]
         train, test = movies[:500], movies[500:900]
-        order = np.concatenate([random.permutation(500) for _ in range(self.steps * self.batch // 500 + 1)])
+        order = np.concatenate([rng.permutation(500) for _ in range(self.steps * self.batch // 500 + 1)])
         chunks = order[: self.steps * self.batch].reshape(-1, 4 * self.batch)
         steps = [step for chunk in chunks for step in self.batches([train[i] for i in chunk], self.batch)]
         others = [self.batches(other[:200]) for other in others]
@@ -274,25 +275,27 @@ def noisy_loss_fn(model: nn.Module, part: tuple[int, Batch], sigma: float, seed:
 @contextmanager
 def ablated(setting: Setting) -> Iterator[None]:
     """Inside, flatlora's noise has another std per row, or fresh normals, if the setting says so."""
-    filter_std, plus_noise = flatlora.filter_std, flatlora._plus_noise
+    filter_std = flatlora.filter_std
+    draw_noise = flatlora.draw_noise
 
     def one_std(weight: Tensor, sigma: float) -> Tensor:
         std = filter_std(weight, sigma)  # (m, 1)
         return std.square().mean().sqrt().expand_as(std)
 
-    def plus_fresh_noise(weight: Tensor, std: Tensor, start: Tensor, reuse: bool = False) -> Tensor:
-        recipe = int(start[0]) * 2**22 + int(start[1])  # each start is below 2^22: the seed of this layer and step
-        normals = torch.randn(weight.shape, generator=torch.Generator().manual_seed(recipe))  # (m, n)
-        return torch.addcmul(weight, normals, std)
+    def draw_fresh_noise(weight: Tensor, sigma: float, seed: Any, name: str) -> flatlora.RowNoise:
+        number = random.Random(json.dumps([seed, name])).getrandbits(60)
+        normals = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))  # (m, n)
+        return flatlora.RowNoise(flatlora.filter_std(weight, sigma), normals)
 
     try:
         if setting.std == "matrix":
             flatlora.filter_std = one_std
         if setting.normals == "fresh":
-            flatlora._plus_noise = plus_fresh_noise
+            flatlora.draw_noise = draw_fresh_noise
         yield
     finally:
-        flatlora.filter_std, flatlora._plus_noise = filter_std, plus_noise
+        flatlora.filter_std = filter_std
+        flatlora.draw_noise = draw_noise
 
 
 @torch.no_grad()
@@ -330,7 +333,7 @@ DAMAGE: Mapping[str, Callable[[Tensor], Tensor]] = {
 @torch.no_grad()
 def measure(model: nn.Module, parts: Splits, seed: int, samples: int) -> dict[str, float]:
     """What the tables show of a trained model, which is merged in the course of it."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, flatlora.LoRALinear)}
+    layers = flatlora.lora_layers(model)
     changes = [(layer.weight - layer.base.weight).norm() for layer in layers.values()]
     norms = [layer.base.weight.norm() for layer in layers.values()]
     result = {"update": 100 * float(torch.stack(changes).norm() / torch.stack(norms).norm())}

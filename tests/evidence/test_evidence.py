@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -80,6 +81,19 @@ def test_an_ablation_has_noise_of_the_same_size(change: dict[str, str]) -> None:
     by_row = noise.square().mean(1) / own(plain, 0.2).square().squeeze(1)  # 1 under eq. 7
     assert (by_row.max() < 2) == ("normals" in change)
     assert flatlora.filter_std is own
+
+
+def test_the_cells_for_a_gpu_run_on_a_cpu() -> None:
+    bench_cost = importlib.import_module("bench_cost")  # which imports PEFT, where it is installed
+    threads = torch.get_num_threads()
+    cell = bench_cost.LlamaCell(batch=1, context=8, micro_batches=2, width=64, depth=1, threads=1, device="cpu")
+    times = bench_cost.llama_times(cell, seconds=0.0, title="tiny")
+    parts = bench_cost.llama_parts(cell, seconds=0.0)
+    torch.set_num_threads(threads)
+    assert list(times["ratio"]) == ["lora", "flat", "add", "sam"]
+    assert list(parts["ratio"]) == ["copy of W", "W + eps", "entering"]
+    assert "overhead, Flat / add" in bench_cost.time_table({"tiny": times})
+    assert "times a copy" in bench_cost.parts_table(parts)
 
 
 PAGES = {study.HERE / "README.md": study.blocks(), study.ROOT / "README.md": study.front()}
