@@ -99,7 +99,7 @@ def eps_of(layer):
     """The noise that a perturbed layer holds, (m, n); zero outside of a perturbation."""
     if layer.noise is None:
         return torch.zeros_like(layer.base.weight)
-    return layer.noise.scale * layer.noise.normals
+    return layer.noise.signed_std * layer.noise.normals
 
 
 def noise_of(model, sigma=0.3, seed=0):

@@ -152,6 +152,11 @@ def test_a_layer_held_by_two_modules_is_merged_in_both():
     assert model.last is model.h[1]["attn"]
 
 
+def test_a_lone_layer_is_adapted():
+    layer = inject_lora(nn.Linear(12, 16), r=2)
+    assert isinstance(layer, LoRALinear)
+
+
 # ---- What trains ----
 
 

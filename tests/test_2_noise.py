@@ -40,7 +40,7 @@ def test_each_row_moves_by_sigma_of_its_norm(n):  # eq. 7
 def test_the_std_of_a_row_is_that_of_eq_7(sigma):
     layer = ref.adapted_model()[0]
     with perturbed(layer, sigma, seed=0):
-        given = layer.noise.scale.abs()
+        given = layer.noise.signed_std.abs()
     expected = ref.row_std(ref.merged(layer), sigma)  # of W', not of W
     torch.testing.assert_close(given, expected)
 
@@ -55,7 +55,7 @@ def test_the_std_follows_training():
     for b in (1.0, 2.0):
         nn.init.constant_(layer.lora_B, b)
         with perturbed(layer, sigma=0.3, seed=0):
-            given = layer.noise.scale.abs()
+            given = layer.noise.signed_std.abs()
         torch.testing.assert_close(given, ref.row_std(ref.merged(layer), 0.3))
 
 
@@ -80,7 +80,7 @@ def test_the_layer_computes_with_w_prime_plus_eps():
     layer = ref.adapted_model()[0]
     x, _ = ref.batch()
     with perturbed(layer, sigma=0.3, seed=0):
-        eps = layer.noise.scale * layer.noise.normals
+        eps = layer.noise.signed_std * layer.noise.normals
         out = layer(x)
     torch.testing.assert_close(out, x @ (ref.merged(layer) + eps).T + layer.base.bias)
 
@@ -89,7 +89,7 @@ def test_the_layer_computes_with_w_prime_plus_eps():
 def test_weight_is_w_prime_plus_eps():
     layer = ref.adapted_model()[0]
     with perturbed(layer, sigma=0.3, seed=0):
-        eps = layer.noise.scale * layer.noise.normals
+        eps = layer.noise.signed_std * layer.noise.normals
         weight = layer.weight
     torch.testing.assert_close(weight, ref.merged(layer) + eps)
 
@@ -244,7 +244,7 @@ def test_a_layer_holds_one_number_per_row():  # and a place in the table, which 
     model = ref.adapted_model()
     with perturbed(model, sigma=0.3, seed=0):
         first, second = model[0].noise, model[2].noise
-    assert first.scale.shape == (16, 1)
+    assert first.signed_std.shape == (16, 1)
     assert ref.memory_of(first.normals) == ref.memory_of(second.normals)
 
 
@@ -275,7 +275,7 @@ def many_draws(m, n, count):
     draws = []
     for seed in range(count):
         with perturbed(layer, sigma=0.3, seed=seed):
-            std = layer.noise.scale.abs()
+            std = layer.noise.signed_std.abs()
             draws.append(ref.eps_of(layer) / std)
     return torch.stack(draws)
 

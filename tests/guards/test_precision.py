@@ -54,7 +54,7 @@ def test_weight_rounds_once(dtype, autocast):
     nn.init.normal_(layer.lora_B, std=0.1)
     with perturbed(layer, 0.3, seed=0), torch.autocast("cpu", dtype, enabled=autocast):
         weight = layer.weight
-        eps = layer.noise.scale.double() * layer.noise.normals.double()
+        eps = layer.noise.signed_std.double() * layer.noise.normals.double()
     exact = ref.merged(copy.deepcopy(layer).double()) + eps
     assert weight.dtype == dtype
     assert_rounded_once(weight, exact)
@@ -74,7 +74,7 @@ def test_the_adapter_path_rounds_once(dtype):
 def test_noise_is_in_the_dtype_of_w(dtype):
     layer = flatlora.LoRALinear(nn.Linear(48, 64, dtype=dtype), r=2)
     with perturbed(layer, 0.3, seed=0):
-        assert layer.noise.scale.dtype == layer.noise.normals.dtype == dtype
+        assert layer.noise.signed_std.dtype == layer.noise.normals.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", HALVES)
