@@ -1,5 +1,6 @@
-"""The slow, obvious versions that the tests compare with: dense weights, plain loops, nothing clever."""
+"""What the tests share: a tiny model, and the slow, obvious version of each equation."""
 
+import gc
 import math
 
 import torch
@@ -7,106 +8,185 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import flatlora
-from flatlora import LoRALinear, inject_lora, lora_parameters, perturbed
+from flatlora import LoRALinear, inject_lora, lora_layers, lora_parameters
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-STEPS = {  # (model, loss_fn, batches, optimizer) -> loss
-    "lora": lambda *arguments: flatlora.flat_lora_step(*arguments, sigma=0, seed=0),
-    "flat": lambda *arguments: flatlora.flat_lora_step(*arguments, sigma=0.3, seed=0),
-    "sam": lambda *arguments: flatlora.sam_step(*arguments, rho=0.3),
-    "sam full": lambda *arguments: flatlora.sam_step(*arguments, rho=0.3, space="full"),
-}
-SHARPNESS = {
-    "sharpness": lambda *arguments: flatlora.sharpness(*arguments[:3], sigma=0.3, samples=2, seed=0),
-    "sharpness lora": lambda *arguments: flatlora.sharpness(*arguments[:3], 0.3, 2, 0, space="lora"),
-}
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append("cuda")
+
+# ---- A tiny model ----
 
 
-def plain_model(dtype: torch.dtype = torch.float64, device: str = "cpu") -> nn.Sequential:
-    """192 -> 256 -> 8 -> 4: the first weight is 256 x 192. In float64, so that a comparison can be strict."""
+def plain_model(dtype=torch.float64, device="cpu"):
+    """12 -> 16 -> 4, the second layer without a bias. In float64, so that a comparison can be strict."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(192, 256), nn.Tanh(), nn.Linear(256, 8), nn.Tanh(), nn.Linear(8, 4, bias=False))
-    return model.to(device, dtype)
+    first = nn.Linear(12, 16)
+    second = nn.Linear(16, 4, bias=False)
+    return nn.Sequential(first, nn.Tanh(), second).to(device, dtype)
 
 
-def adapted_model(dtype: torch.dtype = torch.float64, device: str = "cpu", dropout: float = 0.0) -> nn.Module:
-    return in_training(inject_lora(plain_model(dtype, device), r=3, alpha=6, dropout=dropout))
+def adapted_model(dtype=torch.float64, device="cpu"):
+    """The tiny model with adapters, whose s is 6 / 3 = 2."""
+    model = inject_lora(plain_model(dtype, device), r=3, alpha=6)
+    return in_training(model)
 
 
-def in_training(model: nn.Module) -> nn.Module:
+def adapted_layer(m=16, n=12, dropout=0.0):
+    """One layer of n inputs and m outputs, whose s is 6 / 3 = 2. In float32."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(n, m), r=3, alpha=6, dropout=dropout)
+    return in_training(layer)
+
+
+def in_training(model):
     """B as in the middle of training, not zero, so that W' is not W."""
     torch.manual_seed(1)
-    for layer in layers(model).values():
+    for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.5)
     return model
 
 
-def layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def batch(n: int = 16, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 1) -> tuple[Tensor, Tensor]:
+def batch(size=16, dtype=torch.float64, device="cpu", seed=1):
+    """Inputs (size, 12) and one of four classes for each (size,)."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 192, generator=generator)  # (n, 192)
-    return x.to(device, dtype), torch.randint(4, (n,), generator=generator).to(device)
+    x = torch.randn(size, 12, generator=generator)
+    y = torch.randint(4, (size,), generator=generator)
+    return x.to(device, dtype), y.to(device)
 
 
-def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+def loss_fn(model, batch):
+    x, y = batch
+    return nn.functional.cross_entropy(model(x), y)
 
 
-def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+def sgd(model, lr=0.1):
     return torch.optim.SGD(lora_parameters(model), lr=lr)
 
 
-def adapters(model: nn.Module) -> list[Tensor]:
-    """A copy of every A and B as they are now."""
-    return [p.detach().clone() for p in lora_parameters(model)]
+# ---- The three kinds of step, called alike ----
 
 
-def frozen_bytes(model: nn.Module) -> dict[str, bytes]:
-    """Every tensor of the base as bytes: the strictest comparison there is."""
-    base = {name: p.detach().cpu() for name, p in model.named_parameters() if "lora_" not in name}
-    return {name: p.contiguous().view(torch.uint8).numpy().tobytes() for name, p in base.items()}
+def lora_step(model, loss_fn, batches, optimizer):
+    return flatlora.flat_lora_step(model, loss_fn, batches, optimizer, sigma=0, seed=0)
 
 
-def dense_weight(layer: LoRALinear) -> Tensor:
-    """W' = W + s B A, (m, n), as the formula says."""
+def flat_step(model, loss_fn, batches, optimizer):
+    return flatlora.flat_lora_step(model, loss_fn, batches, optimizer, sigma=0.3, seed=0)
+
+
+def sam_step(model, loss_fn, batches, optimizer):
+    return flatlora.sam_step(model, loss_fn, batches, optimizer, rho=0.3)
+
+
+# ---- The equations ----
+
+
+def merged(layer):
+    """W' = W + s B A, (m, n)."""
     return layer.base.weight + layer.scaling * (layer.lora_B @ layer.lora_A)
 
 
-def dense_call(plain: nn.Module, model: nn.Module, eps: dict[str, Tensor], x: Tensor) -> Tensor:
-    """What `plain`, the model without adapters, computes at the weights W' + eps. Differentiable by all of them."""
-    weights = {f"{name}.weight": dense_weight(layer) + eps[name] for name, layer in layers(model).items()}
-    biases = {f"{name}.bias": layer.base.bias for name, layer in layers(model).items() if layer.base.bias is not None}
-    return functional_call(plain, weights | biases, (x,))
+def row_std(weight, sigma):
+    """Eq. 7, in plain Python: sigma |W'_i| / sqrt(n) for each row of W' (m, n), as (m, 1)."""
+    stds = []
+    for row in weight.tolist():
+        length = math.sqrt(sum(w * w for w in row))
+        stds.append([sigma * length / math.sqrt(len(row))])
+    return torch.tensor(stds, dtype=weight.dtype)
 
 
-def dense_loss(model: nn.Module, batch: tuple[Tensor, Tensor], eps: dict[str, Tensor]) -> Tensor:
-    """`loss_fn` of an `adapted_model` at the weights W' + eps."""
-    plain = plain_model(batch[0].dtype, batch[0].device.type)
-    return nn.functional.cross_entropy(dense_call(plain, model, eps, batch[0]), batch[1])
+def eps_of(layer):
+    """The noise that a perturbed layer holds, (m, n); zero outside of a perturbation."""
+    if layer.noise is None:
+        return torch.zeros_like(layer.base.weight)
+    return layer.noise.signed_std * layer.noise.normals
 
 
-@torch.no_grad()
-def read_eps(model: nn.Module) -> dict[str, Tensor]:
-    """The noise of each layer, read from outside: what the layer does to the identity, less the bias and W'."""
-    noise = {}
-    for name, layer in layers(model).items():
-        identity = torch.eye(layer.in_features).to(layer.base.weight)  # (n, n)
-        bias = 0 if layer.base.bias is None else layer.base.bias
-        noise[name] = (layer(identity) - bias).T - dense_weight(layer)  # (m, n)
-    return noise
+def noise_of(model, sigma=0.3, seed=0):
+    """The noise of each layer under this seed."""
+    with flatlora.perturbed(model, sigma, seed):
+        return {name: eps_of(layer) for name, layer in lora_layers(model).items()}
 
 
-def draw(model: nn.Module, sigma: float = 0.3, seed: object = 0) -> dict[str, Tensor]:
-    with perturbed(model, sigma, seed):
-        return read_eps(model)
+def dense_output(model, x):
+    """What the tiny model computes, written with its weights W' + eps, (size, 12) -> (size, 4)."""
+    first, tanh, second = model
+    W1 = merged(first) + eps_of(first)
+    W2 = merged(second) + eps_of(second)
+
+    hidden = tanh(x @ W1.T + first.base.bias)  # (size, 16)
+    return hidden @ W2.T
 
 
-def fresh_eps(layer: LoRALinear, sigma: float, generator: torch.Generator) -> Tensor:
-    """Eq. 7 as it stands in the paper: fresh normals for each row of W', (m, n)."""
-    rows = dense_weight(layer).tolist()
-    stds = [sigma * math.sqrt(sum(w * w for w in row)) / math.sqrt(len(row)) for row in rows]
-    return torch.stack([torch.normal(0.0, std, (len(rows[0]),), generator=generator) for std in stds])
+def dense_loss(model, batch):
+    """`loss_fn`, from the dense weights."""
+    x, y = batch
+    return nn.functional.cross_entropy(dense_output(model, x), y)
+
+
+def dense_gradients(model, batch):
+    """The gradient of the dense loss by each A and B."""
+    return list(torch.autograd.grad(dense_loss(model, batch), lora_parameters(model)))
+
+
+def dense_call(plain, model, x):
+    """What any `plain` model computes if its weights are the W' + eps of `model`, its copy with adapters."""
+    weights = {}
+    for name, layer in lora_layers(model).items():
+        weights[f"{name}.weight".lstrip(".")] = merged(layer) + eps_of(layer)
+    return functional_call(plain, weights, (x,))
+
+
+# ---- Snapshots ----
+
+
+def copies(tensors):
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def adapters(model):
+    """A copy of all that trains, as it is now."""
+    return copies(lora_parameters(model))
+
+
+def gradients(model):
+    return copies(p.grad for p in lora_parameters(model))
+
+
+def base_bytes(model):
+    """Every frozen tensor as bytes: the strictest comparison there is."""
+    frozen = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            frozen[name] = bytes_of(p)
+    return frozen
+
+
+def norm_of(tensors):
+    """The length of all of them as one vector."""
+    squares = sum(tensor.square().sum().item() for tensor in tensors)
+    return math.sqrt(squares)
+
+
+def bytes_of(tensor):
+    numbers = tensor.detach().cpu().contiguous()
+    return numbers.view(torch.uint8).numpy().tobytes()
+
+
+def assert_same_bits(given, expected):
+    torch.testing.assert_close(given, expected, rtol=0, atol=0)
+
+
+def memory_of(tensor):
+    """Where its numbers lie: views of one tensor lie in the same memory."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def memories(size):
+    """Where the tensors of this process lie that take up `size` bytes or more."""
+    found = set()
+    for thing in gc.get_objects():
+        ordinary = type(thing) in (Tensor, nn.Parameter)
+        if ordinary and thing.layout == torch.strided and thing.nbytes >= size:
+            found.add(memory_of(thing))
+    return found
