@@ -276,8 +276,8 @@ def sharpness_on_factors(
     for sample in range(samples):
         steps = []
         for name, factor in factors.items():
-            noise = flatlora.draw_noise(factor, sigma, ["factors", seed, sample, name])
-            steps.append(noise.scale * noise.normals)
+            noise = flatlora.draw_noise(factor, sigma, ("factors", seed, sample), name)
+            steps.append(noise.signed_std * noise.normals)
         with flatlora.moved(list(factors.values()), steps):
             noisy.append(mean_loss(model, loss_fn, batches))
     return statistics.fmean(noisy) - clean
@@ -547,8 +547,8 @@ def noise_in_plane(lora: nn.Module, flat: nn.Module, worst: Sequence[Tensor], si
         along_x = end.scaling * (change_of_B @ end.lora_A + end.lora_B @ change_of_A)  # (m, n), dW' / dx at x = 1
         length += float(along_x.square().sum())
         for dot in range(DOTS):
-            noise = flatlora.draw_noise(end.weight, sigma, ["picture", dot, i])
-            eps = noise.scale * noise.normals  # (m, n)
+            noise = flatlora.draw_noise(end.weight, sigma, ("picture", dot, i))
+            eps = noise.signed_std * noise.normals  # (m, n)
             places[dot, 0] += (eps * along_x).sum()
             places[dot, 1] += (eps * along_y).sum()
     places[:, 0] /= length

@@ -307,6 +307,12 @@ def time_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
     return table([*zip(["", "LoRA, ms", *names[1:], "overhead, Flat / add"], *columns)])
 
 
+def drift_cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0e}" if value else "0"
+
+
 def parts_table(found: Mapping[str, Any]) -> str:
     medians = [f"{median:.2f}" for _, median, _ in found["ratio"].values()]
     return table([["", *found["ratio"]], [f"times a copy, {found['ms']:.2f} ms", *medians]])
@@ -325,7 +331,7 @@ def report(found: Mapping[str, Any]) -> str:
         parts += [time_table(found["llama"]), parts_table(found["llama_parts"])]
     for method in found["drift"]:
         above = [by[method][key] - by["lora"][key] for by in found["memory"].values() for key in ("peak", "stored")]
-        drifts = [f"{value:.0e}" if value else "0" for value in found["drift"][method].values()]
+        drifts = [drift_cell(found["drift"][method].get(name)) for name in DTYPES]
         rows.append([METHODS[method], *(f"{value / largest:.2f}" for value in above), *drifts])
     head = [f"{key}, {depth} bl." for depth in found["memory"] for key in ("peak", "stored")]
     size = next(iter(found["memory"].values()))["flat"]["table"] / 2**20
@@ -367,7 +373,8 @@ def main() -> None:
             small = replace(cell, tokens=256, micro_batches=1, depth=depth)
             found["memory"][depth] = {m: pool.apply(memory_of, (m, small)) for m in tqdm(PRESENT, desc="memory")}
     for method in PRESENT:
-        found["drift"][method] = {name: drift(method, dtype, steps) for name, dtype in DTYPES.items()}
+        dtypes = {"fp32": torch.float32} if method == "sam-full" else DTYPES  # it refuses half precision
+        found["drift"][method] = {name: drift(method, dtype, steps) for name, dtype in dtypes.items()}
     for title, shape in shapes.items():
         here = replace(cell, **shape)
         actions = {method: partial(step, method, *build(method, here)) for method in PRESENT}

@@ -338,8 +338,9 @@ def measure(model: nn.Module, parts: Splits, seed: int, samples: int) -> dict[st
     norms = [layer.base.weight.norm() for layer in layers.values()]
     result = {"update": 100 * float(torch.stack(changes).norm() / torch.stack(norms).norm())}
     moved = train_toy.moved_by(model, 0.3)  # noise of 0.3 on A and B moves W' by this share of itself
-    for name, sigma, space in (("lora", 0.3, "lora"), ("matched", moved, "full"), ("full", 0.1, "full")):
-        result[f"sharp_{name}"] = flatlora.sharpness(model, loss_fn, parts.probe, sigma, samples, seed, space)
+    result["sharp_lora"] = train_toy.sharpness_on_factors(model, loss_fn, parts.probe, 0.3, samples, seed)
+    result["sharp_matched"] = flatlora.sharpness(model, loss_fn, parts.probe, moved, samples, seed)
+    result["sharp_full"] = flatlora.sharpness(model, loss_fn, parts.probe, 0.1, samples, seed)
     model = flatlora.merge_lora(model)
     result["test_loss"], result["test_acc"] = evaluate(model, parts.test)
     others = [evaluate(model, other) for other in parts.others]
