@@ -176,8 +176,6 @@ def sam_on_merged_step(
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
 
     loss, gradients = merged_gradients(model, loss_fn, batches)
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is not finite: {loss}")
     norm = total_norm(gradients).clamp_min(1e-12)
     shifts = [rho * gradient / norm for gradient in gradients]
 

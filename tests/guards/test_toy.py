@@ -125,6 +125,14 @@ def test_sam_on_merged_writes_a_and_b_alone():
     assert all(layer.noise is None for layer in layers_of(model))
 
 
+def test_a_shift_ends_with_its_context():
+    model = adapted()
+    shifts = [torch.ones_like(layer.base.weight) for layer in layers_of(model)]
+    with pytest.raises(KeyboardInterrupt), train_toy.shifted(model, shifts):
+        raise KeyboardInterrupt
+    assert all(layer.noise is None for layer in layers_of(model))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sam_on_merged_refuses_half_precision(dtype):
     model = adapted(dtype)
@@ -289,6 +297,7 @@ def steps_of(method, monkeypatch):
     torch.manual_seed(0)
     teacher = train_toy.mlp().requires_grad_(False)
     train = train_toy.target_task(teacher, 3)["train"]
+    torch.manual_seed(len(method))  # which must not matter
     train_toy.finetune(teacher, train, method, 3, train_toy.Settings(steps=2, rho=0.1))
     return seen
 
@@ -428,7 +437,9 @@ def test_a_run_repeats_and_ascii_shows_what_it_can(tiny_run, call, tmp_path):
         call(*TINY, "--out", tmp_path / "ü")
     stream.flush()
     assert stream.buffer.getvalue().decode("ascii").startswith(text.replace("± ", "+-"))
-    assert (tmp_path / "ü" / "toy.json").read_bytes() == file
+    (written,) = (tmp_path / "ü").iterdir()
+    assert written.name == "toy.json"
+    assert written.read_bytes() == file
 
 
 def test_the_measures_are_those_of_their_splits():
@@ -514,6 +525,16 @@ def test_a_wrong_option_ends_in_one_line_before_the_training(options, call, monk
     assert line.startswith("train_toy.py: ")
     assert WRONG[options] in line
     assert "\n" not in line
+
+
+def test_a_folder_that_takes_no_file_ends_in_one_line_before_the_training(call, monkeypatch, tmp_path):
+    def full(dir):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(train_toy, "source_task", lambda steps: pytest.fail("the training began"))
+    monkeypatch.setattr(train_toy.tempfile, "TemporaryFile", full)
+    with pytest.raises(SystemExit, match=r"^train_toy.py: no space left$"):
+        call("--out", tmp_path)
 
 
 def test_a_training_that_diverges_ends_in_one_line(call, tmp_path):
