@@ -108,14 +108,6 @@ def test_a_state_that_does_not_fit_changes_nothing(name):
         flatlora.load_lora_state_dict(model, state)
 
 
-def test_a_state_without_alpha_loads():  # as version 0.1 wrote it
-    model = ref.adapted_model()
-    expected = [p + 1 for p in ref.adapters(model)]
-    names = ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"]
-    flatlora.load_lora_state_dict(model, dict(zip(names, expected)))
-    ref.assert_same_bits(ref.adapters(model), expected)
-
-
 @pytest.mark.parametrize(("step", "total_steps"), [(11, 10), (-1, 10), (0, 0)])
 def test_a_step_outside_of_the_schedule(step, total_steps):
     with pytest.raises(ValueError, match=f"step must be from 0 to total_steps, got {step} of {total_steps}"):
