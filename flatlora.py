@@ -93,9 +93,10 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x) if self.noise is None else noisy_linear(x, self.base, self.noise)  # (..., m)
+        # The adapter first: older autocast keeps the cast of x that is made in `_NoisyLinear`, without its gradient.
         down = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
         up = F.linear(down * self.scaling, self.lora_B)  # (..., m)
+        out = self.base(x) if self.noise is None else noisy_linear(x, self.base, self.noise)  # (..., m)
         return (out + up).to(out.dtype)
 
     @property
@@ -452,7 +453,8 @@ def sam_step(
 
     The first pass gives the gradient g, over all layers. The second one gives the gradient at (A, B) + rho g / |g|, by
     which A and B are updated from where they were. So W' is moved only as a change of A and B can move it (eq. 3).
-    The `modules_to_save` are moved too, on which Flat-LoRA puts no noise. Errors as in `flat_lora_step`.
+    The `modules_to_save` are moved too, on which Flat-LoRA puts no noise. Under DistributedDataParallel g is the mean
+    over the ranks. Errors as in `flat_lora_step`.
     """
     if not 0 <= rho < math.inf:
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")

@@ -172,7 +172,6 @@ def test_autocast_may_surround_the_loop(step, device):
     assert around[0] != around[2]
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="an older torch loses it: pytorch/pytorch#165068")
 def test_autocast_keeps_the_gradient_of_an_input():
     layer = ref.adapted_layer()
     x = torch.randn(5, 12, requires_grad=True)  # a leaf, of which autocast keeps the cast
