@@ -34,31 +34,42 @@ def z(request):
     return request.param()
 
 
+def assert_mean(values, expected, error):
+    assert abs(values.double().mean().item() - expected) < error
+
+
 # Five standard errors. The table has 4.2 million normals, whose own deviation counts beside that of the draws.
 ERROR = 5 * math.sqrt(1 / (COUNT * M * N) + 1 / 2**22)
 
 
-@pytest.mark.parametrize(("power", "mean", "variance"), [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)])
-def test_moments(z, power, mean, variance):
-    given = z.double().pow(power).mean().item()
-    assert given == pytest.approx(mean, abs=ERROR * math.sqrt(variance))
+MOMENTS = {  # of z ** power under the normal law: mean and variance
+    1: (0, 1),
+    2: (1, 2),
+    3: (0, 15),
+    4: (3, 96),
+}
+
+
+@pytest.mark.parametrize("power", MOMENTS)
+def test_moments(z, power):
+    mean, variance = MOMENTS[power]
+    assert_mean(z.pow(power), mean, ERROR * math.sqrt(variance))
 
 
 @pytest.mark.parametrize("k", [2.0, 3.0, 4.0])
 def test_tails(z, k):
     expected = math.erfc(k / math.sqrt(2)) / 2
     error = ERROR * math.sqrt(expected)
-    above = (z > k).double().mean().item()
-    below = (z < -k).double().mean().item()
-    assert above == pytest.approx(expected, abs=error)
-    assert below == pytest.approx(expected, abs=error)
+    assert_mean(z > k, expected, error)
+    assert_mean(z < -k, expected, error)
 
 
 def assert_identity_covariance(lines):
     """The lines (count, k): each covariance within six standard errors of the identity's."""
     count, k = lines.shape
     covariance = lines.T @ lines / count
-    torch.testing.assert_close(covariance, torch.eye(k), rtol=0, atol=6 * math.sqrt(2 / count))
+    error = 6 * math.sqrt(2 / count)
+    torch.testing.assert_close(covariance, torch.eye(k), rtol=0, atol=error)
 
 
 def test_covariance_within_a_row(z):
@@ -81,14 +92,14 @@ DIRECTIONS = {
 @pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS)
 def test_second_moment_along_a_direction(z, direction):
     along = z @ (direction / direction.norm())  # (COUNT, M)
-    assert along.square().mean().item() == pytest.approx(1, abs=0.05)
+    assert_mean(along.square(), 1, 0.05)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS)
 def test_second_moment_of_all_rows_together(z, direction):
     along = z @ (direction / direction.norm())  # (COUNT, M)
-    together = along.sum(dim=1).square().mean().item() / M
-    assert together == pytest.approx(1, abs=0.5)
+    together = along.sum(dim=1).square() / M  # (COUNT,)
+    assert_mean(together, 1, 0.5)
 
 
 # ---- The windows ----
@@ -104,8 +115,9 @@ def noises():
 def test_starts_are_uniform_on_the_circle(noises):
     starts = torch.tensor([noise.normals.storage_offset() / 2**22 for noise in noises])
     assert starts.max() < 1
-    assert starts.mean().item() == pytest.approx(0.5, abs=5 / math.sqrt(12 * 2000))
-    assert starts.std().item() == pytest.approx(1 / math.sqrt(12), rel=0.05)
+    spread = math.sqrt(1 / 12)  # of the uniform law
+    assert_mean(starts, 0.5, 5 * spread / math.sqrt(2000))
+    assert starts.std().item() == pytest.approx(spread, rel=0.05)
 
 
 def test_rows_are_at_equal_distances(noises):
@@ -130,17 +142,21 @@ def test_the_circle_closes():
 
 def test_signs_are_fair(noises):
     signs = torch.cat([noise.signed_std.sign() for noise in noises])
-    assert signs.mean().item() == pytest.approx(0, abs=5 / math.sqrt(len(signs)))
+    assert_mean(signs, 0, 5 / math.sqrt(len(signs)))
 
 
 def test_signs_do_not_follow_the_normals(noises):  # they come from another stretch of the circle
-    products = torch.stack([noise.signed_std[:, 0].sign() * noise.normals[0, :8] for noise in noises])
-    assert products.mean().item() == pytest.approx(0, abs=5 / math.sqrt(8 * 2000))
+    products = []
+    for noise in noises:
+        signs = noise.signed_std[:, 0].sign()  # (8,)
+        products.append(signs * noise.normals[0, :8])
+    assert_mean(torch.stack(products), 0, 5 / math.sqrt(8 * 2000))
 
 
 def test_signs_of_two_rows_are_uncorrelated(noises):
     signs = torch.stack([noise.signed_std[:, 0].sign() for noise in noises])  # (2000, 8)
-    torch.testing.assert_close(torch.corrcoef(signs.T), torch.eye(8), rtol=0, atol=5 / math.sqrt(2000))
+    correlation = torch.corrcoef(signs.T)
+    torch.testing.assert_close(correlation, torch.eye(8), rtol=0, atol=5 / math.sqrt(2000))
 
 
 def test_a_seed_gives_these_numbers():  # with each version of torch, so that a run can be repeated
@@ -162,7 +178,7 @@ def overlapping():
 
 def test_second_moment_where_windows_overlap(overlapping):
     squares = [(noise.signed_std * noise.normals).square().mean() for noise in overlapping]
-    assert torch.stack(squares).mean().item() == pytest.approx(1, abs=5 * math.sqrt(2 / 2**22))
+    assert_mean(torch.stack(squares), 1, 5 * math.sqrt(2 / 2**22))
 
 
 def test_neighbours_overlap(overlapping):
@@ -176,19 +192,23 @@ def test_covariance_where_windows_overlap(overlapping):
         eps = noise.signed_std * noise.normals
         product = eps[:-1, 2048:] * eps[1:, :2048]  # the same normals, with the signs of two rows
         covariances.append(product.mean())
-    error = 5 / math.sqrt(20 * 2047)
-    assert torch.stack(covariances).mean().item() == pytest.approx(0, abs=error)
+    assert_mean(torch.stack(covariances), 0, 5 / math.sqrt(20 * 2047))
 
 
 def test_covariance_within_rows_where_windows_overlap(overlapping):
     covariances = []
     for noise in overlapping:
         eps = noise.signed_std * noise.normals
-        covariances.append((eps[:, :-1] * eps[:, 1:]).mean())
-    assert torch.stack(covariances).mean().item() == pytest.approx(0, abs=5 / math.sqrt(2**22))
+        product = eps[:, :-1] * eps[:, 1:]
+        covariances.append(product.mean())
+    assert_mean(torch.stack(covariances), 0, 5 / math.sqrt(2**22))
 
 
-@pytest.mark.parametrize(("m", "n"), [(2, 2**22), (2**19, 1), (2**19, 16)])
+LARGEST = [(2, 2**22), (2**19, 1), (2**19, 16)]  # rows, columns
+TOO_LARGE = [(2**19 + 1, 1), (1, 2**22 + 1)]
+
+
+@pytest.mark.parametrize(("m", "n"), LARGEST)
 def test_the_largest_layers_find_their_windows(m, n):
     weight = torch.ones(1, 1).expand(m, n)
     for seed in range(20):
@@ -197,7 +217,7 @@ def test_the_largest_layers_find_their_windows(m, n):
     assert normals[-1, -1].isfinite()
 
 
-@pytest.mark.parametrize(("m", "n"), [(2**19 + 1, 1), (1, 2**22 + 1)])
+@pytest.mark.parametrize(("m", "n"), TOO_LARGE)
 def test_a_larger_layer_is_an_error(m, n):
     model = torch.nn.Sequential(torch.nn.Linear(n, m, bias=False))
     with pytest.raises(ValueError, match="must have 1 to 524288 rows and 1 to 4194304 columns"):
