@@ -1,10 +1,10 @@
 """Fine-tune a GPT-2 with LoRA, Flat-LoRA and SAM, side by side.
 
-    python train_gpt2.py                                # no network, no file needed
-    python train_gpt2.py --text my.txt --ood other.txt  # your own text
-    python train_gpt2.py --init gpt2 --text my.txt      # OpenAI's GPT-2
+    python train_gpt2.py                       # no network, no file needed
+    python train_gpt2.py --text my.txt         # your own text
+    python train_gpt2.py --init gpt2 --text my.txt         # OpenAI's GPT-2
     python train_gpt2.py --sample out/flat-0-1a2b3c4d.pt --prompt "def "
-    torchrun --nproc-per-node 2 -- train_gpt2.py        # several processes
+    torchrun --nproc-per-node 2 -- train_gpt2.py     # several processes
 
 The bare command pre-trains a small GPT-2 (https://github.com/karpathy/nanoGPT)
 on the text of Python's help(), once, and fine-tunes it on the package email by
@@ -584,6 +584,8 @@ def plus_minus(mean: float, half: float, digits: int) -> str:
 
 def verdict(mean: float, half: float) -> str:
     """Undecided: an edge of the interval is so close to zero that a few more seeds may turn the word."""
+    if mean == half == 0:
+        return "equal"
     word = "lower" if mean < 0 else "higher"
     if abs(mean) < half:
         word = "not shown to differ"

@@ -107,7 +107,9 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback():
     code += "class Finder:\n"
     code += "    def find_spec(self, name, *rest):\n"
     code += "        name == 'torch' and os.kill(os.getpid(), signal.SIGINT)\n"
-    code += f"sys.meta_path.insert(0, Finder())\nimport runpy\nrunpy.run_path({train_gpt2.__file__!r}, None, '__main__')"
+    code += (
+        f"sys.meta_path.insert(0, Finder())\nimport runpy\nrunpy.run_path({train_gpt2.__file__!r}, None, '__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
     assert done.stderr == ""
     assert done.returncode == -signal.SIGINT
