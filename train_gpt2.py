@@ -74,9 +74,13 @@ class Block(nn.Module):
         n = config.n_embd
         self.n_head = config.n_head
         self.ln_1 = nn.LayerNorm(n)
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(n, 3 * n), "c_proj": nn.Linear(n, n)})
+        self.attn = nn.ModuleDict()
+        self.attn["c_attn"] = nn.Linear(n, 3 * n)
+        self.attn["c_proj"] = nn.Linear(n, n)
         self.ln_2 = nn.LayerNorm(n)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(n, 4 * n), "c_proj": nn.Linear(4 * n, n)})
+        self.mlp = nn.ModuleDict()
+        self.mlp["c_fc"] = nn.Linear(n, 4 * n)
+        self.mlp["c_proj"] = nn.Linear(4 * n, n)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
@@ -98,15 +102,13 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd),
-            }
-        )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        n = config.n_embd
+        self.transformer = nn.ModuleDict()
+        self.transformer["wte"] = nn.Embedding(config.vocab_size, n)
+        self.transformer["wpe"] = nn.Embedding(config.block_size, n)
+        self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer["ln_f"] = nn.LayerNorm(n)
+        self.lm_head = nn.Linear(n, config.vocab_size, bias=False)
         self.tie()
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -218,9 +220,10 @@ def check_same_function(ours: GPT, theirs: nn.Module) -> None:
     """ValueError: settings by which Hugging Face's model computes something else than `GPT`."""
     tokens = torch.arange(min(16, ours.config.block_size))[None]  # (1, T)
     expected = theirs(tokens).logits  # (1, T, vocab_size)
-    furthest = (ours(tokens) - expected).abs().max() / expected.abs().max()
-    if not furthest < 1e-4:
-        raise ValueError(f"its settings are not those of GPT-2: logits are off by {furthest:.1e} of the largest")
+    gap = (ours(tokens) - expected).abs().max()
+    largest = expected.abs().max()
+    if not gap < 1e-4 * largest:
+        raise ValueError(f"its settings are not those of GPT-2: logits of {largest:.3g} are off by {gap:.1e}")
 
 
 Encode = Callable[[bytes], list[int]]
@@ -326,8 +329,10 @@ def check_ids(ids: np.ndarray, args: argparse.Namespace, config: GPTConfig) -> N
     if ids.max() >= config.vocab_size:
         raise ValueError(f"it has the token {ids.max()}, the model only {config.vocab_size} of them")
     if args.data:
-        rare = ids.max() < 256 if args.init else (ids[: 10**6] < 9).mean() > 0.01  # in bytes, control characters
-        if rare:
+        strange = ids.max() < 256
+        if not args.init:
+            strange = (ids[: 10**6] < 9).mean() > 0.01  # as bytes, control characters
+        if strange:
             raise ValueError("its tokens look like characters, not like those of the model")
 
 
@@ -560,7 +565,8 @@ def mean_row(method: str, runs: Runs, keys: Sequence[str]) -> list[str]:
 
 def difference(key: str, runs: Runs, others: Runs) -> tuple[float, float]:
     """Mean and half the width of the interval, paired by seed."""
-    return interval([run[key] - other[key] for run, other in zip(runs, others, strict=True)])
+    pairs = zip(runs, others, strict=True)
+    return interval([run[key] - other[key] for run, other in pairs])
 
 
 def difference_row(method: str, runs: Runs, others: Runs, keys: Sequence[str]) -> list[str]:
@@ -606,7 +612,8 @@ def report(runs: Runs, task: str) -> str:
     note += "Sharpness: how much noise of sigma 0.1 on the merged weights raises the training loss."
 
     rows = [[*titles, *COSTS.values()]]
-    rows += [mean_row(method, own, [*results, *COSTS]) for method, own in by.items()]
+    for method, own in by.items():
+        rows.append(mean_row(method, own, [*results, *COSTS]))
     parts = [textwrap.fill(f"Means over the seeds. {note}", 79), table(rows)]
     others = [method for method in by if method not in ("base", "lora")]
     if "lora" not in by or not others:
@@ -630,9 +637,11 @@ def report(runs: Runs, task: str) -> str:
 def curve(losses: Sequence[float]) -> str:
     """The loss as it falls, a character per twentieth of the steps."""
     shades = "▁▂▃▄▅▆▇█" if "utf" in (sys.stderr.encoding or "").lower() else "01234567"
-    means = [part.mean() for part in np.array_split(losses, min(20, len(losses)))]
-    height = max(means) - min(means) or 1.0
-    return "".join(shades[round(7 * (mean - min(means)) / height)] for mean in means)
+    parts = np.array_split(losses, min(20, len(losses)))
+    means = np.array([part.mean() for part in parts])
+    height = np.ptp(means) or 1.0
+    levels = 7 * (means - means.min()) / height  # from 0 to 7
+    return "".join(shades[round(level)] for level in levels)
 
 
 # ---- PEFT's files and models ---------------------------------------------------------------------------------
@@ -766,7 +775,9 @@ def placed_by_peft(model: nn.Module, config: Any, tensors: Mapping[str, Tensor])
 
 def without_memory(model: nn.Module) -> nn.Module:
     """A copy on the meta device, without adapters and without torch's wrappers."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), False) for p in model.parameters()}
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.to("meta"), requires_grad=False)  # what a copy has in its place
     copied = copy.deepcopy(unwrapped(model), memo)
     for parent in list(copied.modules()):
         for name, child in parent._modules.items():
@@ -855,7 +866,9 @@ def load_base(args: argparse.Namespace) -> tuple[GPT, str, dict[str, Tensor], An
     """The base and where it is, the data, and the tokenizer, which is None for bytes."""
     if args.init:
         base, tokenizer = load_gpt2(args.init, args.device)
-        name = str(Path(args.init).resolve()) if Path(args.init).is_dir() else args.init
+        name = args.init
+        if Path(name).is_dir():
+            name = str(Path(name).resolve())  # for PEFT, wherever it is called
         return base, name, load_data(args, base.config, tokenizer), tokenizer
 
     torch.manual_seed(0)
@@ -893,7 +906,8 @@ def compare(args: argparse.Namespace) -> None:
     base, name, data, tokenizer = load_base(args)
     runs = [{"method": "base", "seed": 0, **measure(base, data, recipe)}]
     shown = {}
-    with tqdm(total=args.seeds * len(args.methods) * recipe.steps, leave=False, disable=RANK > 0) as bar:
+    total = args.seeds * len(args.methods) * recipe.steps
+    with tqdm(total=total, leave=False, disable=RANK > 0) as bar:
         for seed in range(args.seeds):
             for method in args.methods:
                 bar.set_description(f"{method}, seed {seed}")
@@ -909,9 +923,12 @@ def compare(args: argparse.Namespace) -> None:
         results = file.with_name(f"results-{file.stem.rpartition('-')[2]}.json")
         save(results, {"torch": torch.__version__, "options": vars(args), "runs": runs, "report": text})
         print(f"{text}\n\nNumbers: {results}; adapters: {file.with_stem(file.stem.replace(method, 'METHOD'))}")
-        content = shown.get("flat", content)
-        for title, model in {"base": base, content["result"]["method"]: restored(base, content)}.items():
-            print(f"\n{title} writes:\n\n{textwrap.indent(written(model, tokenizer, args), '    ')}")
+        if "flat" in shown:
+            method = "flat"
+        models = {"base": base, method: restored(base, shown[method])}
+        for title, model in models.items():
+            words = written(model, tokenizer, args)
+            print(f"\n{title} writes:\n\n{textwrap.indent(words, '    ')}")
 
 
 def keep(base: GPT, name: str, content: dict[str, Any], file: Path, args: argparse.Namespace) -> None:
@@ -994,8 +1011,9 @@ def parsed() -> argparse.Namespace:
     for f in fields(Recipe):
         add(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, **f.metadata)
     if any(word.partition("=")[0] == "--init" for word in sys.argv):
-        parser.set_defaults(methods=["lora", "flat"], seeds=1, eval_windows=32, lr=2e-4, batch_size=4, grad_accum=4)
-        parser.set_defaults(block_size=256, r=8, alpha=16.0, sigma=0.05, rho=0.05)
+        parser.set_defaults(methods=["lora", "flat"], seeds=1, eval_windows=32)
+        parser.set_defaults(lr=2e-4, batch_size=4, grad_accum=4, block_size=256)
+        parser.set_defaults(r=8, alpha=16.0, sigma=0.05, rho=0.05)
     args = parser.parse_args()
     args.methods = list(dict.fromkeys(args.methods))
     index = int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None
