@@ -156,7 +156,7 @@ def test_methods_share_adapters_and_data_and_never_write_the_base(monkeypatch, t
     sigmas = [[settings[0] for _, _, _, settings in steps[i : i + 3]] for i in (0, 3, 6)]
     growing = [pytest.approx(0.1 * (1 - math.cos(math.pi * t / 3))) for t in range(3)]
     assert sigmas == [[0, 0, 0], [0, 0, 0], growing]
-    assert steps[9][3][0] == 0.2  # rho
+    assert steps[9][3] == (0.2, 1.0)  # rho, max_grad_norm
     assert bases[1] is bases[-1]
     assert all(map(torch.equal, bases[1].parameters(), base_of(tmp_path).parameters()))
 
@@ -207,6 +207,21 @@ def test_a_run_is_that_of_the_slow_loop(method, change, monkeypatch, tmp_path):
     slow = slow_run(base, data, method, 1, recipe)
     torch.testing.assert_close(weights[1], train_gpt2.trained(slow), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(*(w["transformer.h.0.attn.c_attn.lora_A"] for w in weights))
+
+
+def test_a_plain_step_takes_the_mean_gradient_clips_it_and_refuses_what_is_not_finite():
+    def mean(model, x):
+        return model(x).mean()
+
+    model = torch.nn.Linear(4, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loss = train_gpt2.plain_step(model, mean, [torch.ones(1, 4), 3 * torch.ones(1, 4)], optimizer)
+    assert loss == pytest.approx(2 * before.sum().item(), rel=1e-5)
+    moved = before - model.weight.detach()  # the gradient is (2, 2, 2, 2), of length 4
+    torch.testing.assert_close(moved, torch.full((1, 4), 0.5), rtol=1e-4, atol=1e-5)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train_gpt2.plain_step(model, mean, [torch.full((1, 4), math.inf)], optimizer)
 
 
 def test_seeds_draw_their_own_windows_and_noise(tmp_path):
