@@ -245,7 +245,7 @@ def encoding(tokenizer: Any) -> tuple[Encode, Decode]:
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------
-def package_sources(name: str, size: int = 2000) -> list[bytes]:
+def package_sources(name: str, size: int = 1000) -> list[bytes]:
     """Source code of a standard-library package.
 
     Of each file `size` bytes at most, since else one module of email would be a third of the text, and not the first
@@ -352,9 +352,9 @@ def option(default: Any, words: str, **more: Any) -> Any:
 class Recipe:
     """What shapes a run, beside method, model, data and seed: the options of that group in -h."""
 
-    steps: int = option(100, "optimizer steps")
+    steps: int = option(180, "optimizer steps")
     lr: float = option(1.5e-3, "peak learning rate; full wants a lower one")
-    batch_size: int = option(16, "windows per micro-batch")
+    batch_size: int = option(8, "windows per micro-batch")
     grad_accum: int = option(1, "micro-batches per step")
     block_size: int = option(64, "tokens per window")
     weight_decay: float = option(0.0, "AdamW's")
@@ -1005,7 +1005,7 @@ def parsed() -> argparse.Namespace:
     add("--peft", action="store_true", help="with --init: also write each adapter for PEFT, in a folder beside it")
     add("--n-layer", type=int, default=4, help="blocks of the small one (%(default)s)")
     add("--n-embd", type=int, default=128, help="its width, in heads of 32 (%(default)s)")
-    add("--pretrain-steps", type=int, default=600, help="its optimizer steps (%(default)s)")
+    add("--pretrain-steps", type=int, default=1100, help="its optimizer steps (%(default)s)")
 
     add = parser.add_argument_group("fine-tuning").add_argument
     for f in fields(Recipe):
