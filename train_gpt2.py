@@ -1,17 +1,25 @@
 """Fine-tune a GPT-2 with LoRA, Flat-LoRA and SAM, side by side.
 
-    python train_gpt2.py                          # no network, no file needed
-    python train_gpt2.py --text my.txt --ood other.txt       # your own text
-    python train_gpt2.py --init gpt2 --text my.txt        # OpenAI's GPT-2
-    python train_gpt2.py --sample out/flat.pt --prompt "def "
-    torchrun --nproc-per-node 2 -- train_gpt2.py  # several processes
+    python train_gpt2.py                       # no network, no file needed
+    python train_gpt2.py --text my.txt         # your own text
+    python train_gpt2.py --init gpt2 --text my.txt         # OpenAI's GPT-2
+    python train_gpt2.py --sample out/flat-0-1a2b3c4d.pt --prompt "def "
+    torchrun --nproc-per-node 2 -- train_gpt2.py     # several processes
 
 The bare command pre-trains a small GPT-2 (https://github.com/karpathy/nanoGPT)
 on the text of Python's help(), once, and fine-tunes it on the package email by
-each method under three seeds. A stopped run goes on by the same command.
+each method under three seeds. A stopped run goes on by the same command, and a
+finished one is kept: more seeds or one more method only add to it.
+
+For your own scripts: save_peft, load_peft and perturbed_peft.
 """
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import copy
@@ -25,6 +33,7 @@ import os
 import re
 import statistics
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,9 +52,9 @@ from tqdm import tqdm
 import flatlora
 
 TARGETS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-METHODS = {"lora": 1, "dropout": 1, "flat": 1, "sam": 2, "sam-full": 2, "full": 1}  # and the passes of each per batch
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-torch_load = partial(torch.load, map_location="cpu", weights_only=True)  # runs no code of the file
+METHODS = {"lora": 1, "dropout": 1, "flat": 1, "sam": 2, "full": 1}  # and the passes of each per batch
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun, like the next
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 CHECKPOINT_SECONDS = 30.0
 
 
@@ -62,37 +71,59 @@ class GPTConfig:
 class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head, n = config.n_head, config.n_embd
+        n = config.n_embd
+        self.n_head = config.n_head
         self.ln_1 = nn.LayerNorm(n)
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(n, 3 * n), "c_proj": nn.Linear(n, n)})
+        self.attn = nn.ModuleDict()
+        self.attn["c_attn"] = nn.Linear(n, 3 * n)
+        self.attn["c_proj"] = nn.Linear(n, n)
         self.ln_2 = nn.LayerNorm(n)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(n, 4 * n), "c_proj": nn.Linear(4 * n, n)})
+        self.mlp = nn.ModuleDict()
+        self.mlp["c_fc"] = nn.Linear(n, 4 * n)
+        self.mlp["c_proj"] = nn.Linear(4 * n, n)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         qkv = self.attn["c_attn"](self.ln_1(x))  # (B, T, 3C)
-        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        heads = qkv.view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
-        x = x + self.attn["c_proj"](y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-        y = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")  # (B, T, 4C); OpenAI's form of GELU, not erf
+        y = y.transpose(1, 2).reshape(B, T, C)
+        x = x + self.attn["c_proj"](y)  # (B, T, C)
+
+        y = self.mlp["c_fc"](self.ln_2(x))  # (B, T, 4C)
+        y = F.gelu(y, approximate="tanh")  # OpenAI's form of GELU, not erf
         return x + self.mlp["c_proj"](y)  # (B, T, C)
 
 
 class GPT(nn.Module):
+    """GPT-2 with Hugging Face's names, so that adapters fit both."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config, n = config, config.n_embd
-        embeddings = {"wte": nn.Embedding(config.vocab_size, n), "wpe": nn.Embedding(config.block_size, n)}
-        self.transformer = nn.ModuleDict(embeddings)
+        self.config = config
+        n = config.n_embd
+        self.transformer = nn.ModuleDict()
+        self.transformer["wte"] = nn.Embedding(config.vocab_size, n)
+        self.transformer["wpe"] = nn.Embedding(config.block_size, n)
         self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer["ln_f"] = nn.LayerNorm(n)
         self.lm_head = nn.Linear(n, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight  # tied
+        self.tie()
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:  # each block adds to the residual stream twice, hence the smaller c_proj
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+            elif "c_proj" in name:  # each block adds to the residual stream twice, hence smaller
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def tie(self) -> None:
+        self.lm_head.weight = self.transformer["wte"].weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> logits (B, T, vocab_size)."""
@@ -106,24 +137,24 @@ class GPT(nn.Module):
 @torch.no_grad()
 def generate(model: GPT, prompt: Sequence[int], length: int, seed: int = 0, top_k: int = 40) -> list[int]:
     """`length` tokens after `prompt`, each among the `top_k` likeliest, drawn with a generator of their own."""
-    tokens, generator = list(prompt), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
     for _ in range(length):
-        context = torch.tensor([tokens[-model.config.block_size :]], device=model.lm_head.weight.device)  # (1, T)
-        logits = model(context)[0, -1].float().cpu() / 0.7  # (vocab_size,); 0.7, a temperature below 1, plays safe
-        best, ids = logits.topk(min(top_k, len(logits)))  # (top_k,), (top_k,)
-        tokens.append(int(ids[torch.multinomial(best.softmax(0), 1, generator=generator)]))
+        context = torch.tensor([tokens[-model.config.block_size :]])  # (1, T)
+        logits = model(context.to(model.device))[0, -1]  # (vocab_size,)
+        best, ids = logits.float().cpu().topk(min(top_k, len(logits)))  # (top_k,), (top_k,)
+        chances = (best / 0.7).softmax(0)  # 0.7, a temperature below 1, plays safe
+        tokens.append(int(ids[torch.multinomial(chances, 1, generator=generator)]))
     return tokens[len(prompt) :]
 
 
-# ---- OpenAI's GPT-2 ------------------------------------------------------------------------------------------
-RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-# The settings of config.json under which `GPT` computes what Hugging Face's model does.
-SAME_FUNCTION = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-SAME_FUNCTION |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # byte pairs stay inside of these
-# tiktoken fails on very long runs of blanks, so it gets pieces. They end before a blank or newline that follows a word,
-# where SPLIT cuts in any case; only a run of more than 20,000 characters without such a place is cut elsewhere.
-PIECE = r"(?s).{1,20000}(?:(?<=\S)(?=[ \n])|\Z)|.{1,20000}"
+# ---- Files and libraries -------------------------------------------------------------------------------------
+def extra(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # under a torch that is too old, transformers raises a NameError
+        reason = f"{type(error).__name__}: {error}"
+        raise ImportError(f'{name} is needed ({reason}): pip install -e ".[gpt2]", with torch 2.6 or later') from None
 
 
 @contextmanager
@@ -132,178 +163,184 @@ def reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        raise ValueError(f"{path} cannot be used: {kind}{' '.join(str(error).split())[:300]}") from None
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if "weights_only" in words:  # torch's advice to load it unsafely
+            words = "it is damaged, or holds more than tensors"
+        raise ValueError(f"{path} cannot be used: {words}") from None
 
 
-def extra(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError(f'{name.split(".")[0]} is not installed: pip install -e ".[gpt2]"') from None
-
-
-def checkpoint_file(init: str, *names: str) -> Path:
-    """The first of `names` that the folder `init` holds. Of a released model, the first, downloaded once."""
-    if found := [Path(init, name) for name in names if Path(init, name).is_file()]:
-        return found[0]
-    if init not in RELEASED:
-        raise ValueError(f"--init must be one of {', '.join(RELEASED)} or a folder with {names[0]}, got {init}")
-    url = f"https://huggingface.co/openai-community/{init}/resolve/main/{names[0]}"
-    path = Path(torch.hub.get_dir(), "flatlora", init, names[0])
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
-    except Exception as error:  # a connection that breaks raises all kinds
-        raise ValueError(f"cannot download {url} ({error}): --init DIR takes a folder with it") from None
-    return path
-
-
-def load_gpt2(init: str, device: torch.device) -> GPT:
-    """The weights as Hugging Face saves them, with or without its prefix `transformer.`, every key accounted for."""
-    with reading(path := checkpoint_file(init, "config.json")), torch.device("meta"):
-        given = json.loads(path.read_text("utf-8"))
-        if other := {key: given[key] for key, value in SAME_FUNCTION.items() if given.get(key, value) != value}:
-            raise ValueError(f"it is not GPT-2 with {other}")
-        model = GPT(GPTConfig(*(given[k] for k in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"))))
-        model(torch.zeros(1, 1, dtype=torch.long))  # sizes that do not fit together show here
-    path = checkpoint_file(init, "model.safetensors", "pytorch_model.bin")
-    load_file = extra("safetensors.torch").load_file if path.suffix == ".safetensors" else torch_load
+def load(path: Path) -> Any:
+    """What `save` wrote. No code of the file is run."""
     with reading(path):
-        mask = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"  # causal, a buffer in older files
-        state = {key: value for key, value in load_file(path).items() if not re.fullmatch(mask, key)}
-        for key in list(state):  # one after the other, so that no second copy of the model comes to be
-            value, name = state.pop(key), key.removeprefix("transformer.")
-            transposed = name.endswith(tuple(f"{target}.weight" for target in TARGETS))  # Hugging Face's Conv1D
-            value = (value.t() if transposed else value).to(device, torch.float32).contiguous()
-            state[name if name == "lm_head.weight" else f"transformer.{name}"] = value
-        if not torch.equal(state.setdefault("lm_head.weight", wte := state["transformer.wte.weight"]), wte):
-            raise ValueError("lm_head.weight differs from wte.weight, to which GPT-2 ties it")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Written beside and renamed: a kill or a full disk at any moment leaves the earlier file or the new one."""
+    buffer = io.BytesIO()
+    if path.suffix == ".json":
+        buffer.write(json.dumps(content, indent=1, default=str).encode())
+    else:
+        torch.save(content, buffer)
+
+    temporary = path.with_name(f".writing-{os.getpid()}")
+    try:
+        temporary.write_bytes(buffer.getbuffer())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- OpenAI's GPT-2, through transformers --------------------------------------------------------------------
+def load_gpt2(init: str, device: torch.device) -> tuple[GPT, Any]:
+    """The weights in our `GPT`, and the tokenizer. ValueError: the model is not GPT-2, or lacks a weight."""
+    transformers = extra("transformers")
+    with reading(init):
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        theirs, info = transformers.GPT2LMHeadModel.from_pretrained(init, **options)
+        if any(info.values()):
+            raise ValueError(f"its weights are not those of GPT-2: {info}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(init, model_max_length=10**9)
+
+        c = theirs.config
+        with torch.device("meta"):
+            model = GPT(GPTConfig(c.n_layer, c.n_head, c.n_embd, c.n_positions, c.vocab_size))
+        state = theirs.state_dict()
+        for name, weight in state.items():
+            if name.endswith(tuple(f"{target}.weight" for target in TARGETS)):
+                state[name] = weight.t().contiguous()  # Hugging Face's Conv1D holds it transposed
         model.load_state_dict(state, assign=True)
-    model.lm_head.weight = model.transformer["wte"].weight  # tied again
-    return model.eval()
+        model.tie()
+        check_same_function(model, theirs)
+    return model.to(device).eval(), tokenizer
 
 
-def tokenizer(init: str | None) -> tuple[Callable[[bytes], list[int]], Callable[[Sequence[int]], bytes]]:
-    """encode and decode: a token is a byte or, with --init, one of GPT-2's byte pairs."""
-    if init is None:
-        return list, bytes
-    tiktoken = extra("tiktoken")
-    # vocab.json writes a byte as a printable character: itself, or one from 256 on. Its ids are in merge order.
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*plain}))}
-    with reading(path := checkpoint_file(init if Path(init, "vocab.json").is_file() else "gpt2", "vocab.json")):
-        ids = {bytes(byte[c] for c in word): i for word, i in json.loads(path.read_text("utf-8")).items()}
-        ids |= {bytes([b]): ids[bytes([b])] for b in range(256)}  # a KeyError where a byte is missing
-        bpe = tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ids, special_tokens={})
-        words = {i: word for word, i in ids.items()}
-    cut = re.compile(PIECE).findall
-    return (  # "ignore": where a text was split, half a character may stand
-        lambda text: [i for piece in cut(text.decode("utf-8", "ignore")) for i in bpe.encode_ordinary(piece)],
-        lambda tokens: b"".join(words.get(token, b"?") for token in tokens),
-    )
+@torch.no_grad()
+def check_same_function(ours: GPT, theirs: nn.Module) -> None:
+    """ValueError: settings by which Hugging Face's model computes something else than `GPT`."""
+    tokens = torch.arange(min(16, ours.config.block_size))[None]  # (1, T)
+    expected = theirs(tokens).logits  # (1, T, vocab_size)
+    gap = (ours(tokens) - expected).abs().max()
+    largest = expected.abs().max()
+    if not gap < 1e-4 * largest:
+        raise ValueError(f"its settings are not those of GPT-2: logits of {largest:.3g} are off by {gap:.1e}")
 
 
-# ---- Adapters in PEFT's files --------------------------------------------------------------------------------
-def save_peft(model: nn.Module, folder: str | Path, base_model: str, fan_in_fan_out: bool = False) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as Hugging Face's PEFT reads them. `base_model` names the
-    model on which it is to load them, `fan_in_fan_out` is for one that holds the layers as Conv1D, as GPT-2 does.
-    ValueError: no adapters, or something trained beside them, which would be lost."""
-    save_file, state = extra("safetensors.torch").save_file, flatlora.lora_state_dict(model)
-    if lost := [k for k, p in model.named_parameters() if p.requires_grad and not k.endswith(("lora_A", "lora_B"))]:
-        raise ValueError(f"PEFT's files hold adapters only: {lost[:3]} ({len(lost)} in all) are trained too")
-    layers = [module for module in model.modules() if isinstance(module, flatlora.LoRALinear)]
-    names = [key.removesuffix(".lora_A") for key in state if key.endswith("lora_A")]
-    ranks, alphas = [layer.r for layer in layers], [layer.scaling * layer.r for layer in layers]
-    config: dict[str, Any] = {"peft_type": "LORA", "base_model_name_or_path": base_model, "inference_mode": True}
-    exact = "|".join(map(re.escape, names))  # of a list, PEFT would take "1" for the end of "3.1" too
-    config |= {"target_modules": exact, "fan_in_fan_out": fan_in_fan_out, "r": ranks[0], "lora_alpha": alphas[0]}
-    for key, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):  # without ^ "0" would fit "1.0" too
-        config[key] = {f"^{re.escape(name)}": v for name, v in zip(names, values) if v != values[0]}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{key}.weight": p.contiguous() for key, p in state.items()}
-    save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-    Path(folder, "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+Encode = Callable[[bytes], list[int]]
+Decode = Callable[[Sequence[int]], str]
 
 
-def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
-    """`inject_lora` from an adapter that PEFT trained: its layers, ranks, scalings and weights. Returns the model.
-    ValueError: damaged files, or more than LoRA, such as DoRA, a trained head, or a start that changed the base."""
-    load_file, modules = extra("safetensors.torch").load_file, dict(model.named_modules())
-    with reading(folder):
-        config = json.loads(Path(folder, "adapter_config.json").read_text("utf-8"))
-        if str(start := config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")):
-            raise ValueError(f"init_lora_weights={start} changed the base model too")
-        state = load_file(Path(folder, "adapter_model.safetensors"))
-        state = {key.removeprefix("base_model.model.").removesuffix(".weight"): p for key, p in state.items()}
-        layers = {key: key.removesuffix(".lora_A").removesuffix(".lora_B") for key in state}
-        if more := [key for key, name in layers.items() if key == name or not isinstance(modules.get(name), nn.Linear)]:
-            raise ValueError(f"it must hold factors of this model's nn.Linear layers and no more, got {more[:3]}")
-        for name in dict.fromkeys(layers.values()):
-            r, patterns = len(state[f"{name}.lora_A"]), (config.get("alpha_pattern") or {}).items()
-            alpha = next((a for k, a in patterns if re.match(rf"(.*\.)?({k})$", name)), config["lora_alpha"])
-            alpha = alpha * math.sqrt(r) if config.get("use_rslora") else alpha
-            flatlora.inject_lora(model, r, alpha, targets=re.escape(name))
-        flatlora.load_lora_state_dict(model, state)
-    return model
+def encoding(tokenizer: Any) -> tuple[Encode, Decode]:
+    """How a text becomes tokens, and back: by a tokenizer of transformers, or without one, a token is a byte."""
+    if tokenizer is None:
+        return list, lambda tokens: bytes(tokens).decode(errors="replace")
+
+    def encode(text: bytes) -> list[int]:
+        return tokenizer.encode(text.decode("utf-8", "ignore"), add_special_tokens=False)  # half a character at a cut
+
+    def decode(tokens: Sequence[int]) -> str:
+        return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    return encode, decode
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------
-def package_sources(name: str, size: int = 2000) -> list[bytes]:
-    """Source code of a standard-library package: of each file `size` bytes at most, since else one module of email
-    would be a third of the text, and not the first 2,000, which are licence and imports."""
+def package_sources(name: str, size: int = 1000) -> list[bytes]:
+    """Source code of a standard-library package.
+
+    Of each file `size` bytes at most, since else one module of email would be a third of the text, and not the first
+    2,000, which are licence and imports.
+    """
     folder = Path(importlib.import_module(name).__path__[0])
     return [path.read_bytes()[2000 : 2000 + size] for path in sorted(folder.glob("*.py"))]
 
 
-def read_files(paths: Sequence[Path], utf8: bool = False) -> list[bytes]:
+def read_files(paths: Sequence[Path], utf8: Any = False) -> list[bytes]:
     """Without a byte-order mark. ValueError with `utf8`, which GPT-2's byte pairs need, for another encoding."""
     files = []
     for path in paths:
         with reading(path):
-            files.append(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
-            if utf8 and "\0" in files[-1].decode():
-                raise ValueError(f"in UTF-8 its byte {files[-1].index(0)} would not be zero")
+            content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+            if utf8 and "\0" in content.decode():
+                raise ValueError(f"in UTF-8 its byte {content.index(0)} would not be zero")
+            files.append(content)
     return files
 
 
 def split(files: Sequence[bytes]) -> dict[str, bytes]:
     """Of each file, so that every split covers all, three fifths to train, one for validation, one for the test."""
-    fifths = {"train": (0, 3), "val": (3, 4), "test": (4, 5)}
-    return {k: b"".join(f[a * len(f) // 5 : b * len(f) // 5] for f in files) for k, (a, b) in fifths.items()}
+    parts: dict[str, bytes] = {"train": b"", "val": b"", "test": b""}
+    for content in files:
+        cut = 3 * len(content) // 5
+        last = 4 * len(content) // 5
+        parts["train"] += content[:cut]
+        parts["val"] += content[cut:last]
+        parts["test"] += content[last:]
+    return parts
 
 
-def load_data(args: argparse.Namespace, config: GPTConfig) -> dict[str, Tensor]:
-    """Token ids of "train", "val", "test", perhaps "ood" and, without --init, "pretrain", each (N,)."""
-    data, texts, released = {}, {}, args.init is not None
-    if args.data:  # nanoGPT's files, mapped into memory, not read into it; the halves of val are val and test
-        for name in ("train", "val"):
-            with reading(path := args.data / f"{name}.bin"):
-                data[name] = torch.from_numpy(np.memmap(path, np.uint16, "c"))  # c: nothing is written to the file
-        data["val"], data["test"] = data["val"].tensor_split(2)
-    else:
-        texts = split(read_files(args.text, released) if args.text else package_sources("email"))
-    if args.ood or not released:
-        texts["ood"] = b"".join(read_files(args.ood, released) if args.ood else package_sources("asyncio"))
-    if not released:
+def load_texts(args: argparse.Namespace) -> dict[str, bytes]:
+    """The texts to encode: "train", "val", "test" without --data, perhaps "ood" and, without --init, "pretrain"."""
+    texts = {}
+    if not args.data:
+        files = read_files(args.text, args.init) if args.text else package_sources("email")
+        texts = split(files)
+    if args.ood or not args.init:
+        files = read_files(args.ood, args.init) if args.ood else package_sources("asyncio")
+        texts["ood"] = b"".join(files)
+    if not args.init:
         topics = importlib.import_module("pydoc_data.topics").topics
         texts["pretrain"] = "\n\n".join(topics[key] for key in sorted(topics)).encode()
-    encode = tokenizer(args.init)[0] if texts else list
-    data |= {name: torch.tensor(encode(text), dtype=torch.int32) for name, text in texts.items()}
-    for name, ids in data.items():
-        if not args.block_size < min(len(ids), config.block_size + 1):
-            raise ValueError(f"--block-size must be below {min(len(ids), config.block_size + 1)} for the {name} text")
-        if (top := ids.numpy().max()) >= config.vocab_size:
-            raise ValueError(f"the {name} text has the token {top}, the model only {config.vocab_size} of them")
+    return texts
+
+
+def load_tokens(folder: Path) -> dict[str, Tensor]:
+    """nanoGPT's files, mapped into memory, not read into it. The halves of val are val and test."""
+    if Path(folder, "meta.pkl").exists():
+        raise ValueError(f"{folder} has a meta.pkl, so its tokens are characters: give their text by --text")
+    data = {}
+    for name in ("train", "val"):
+        path = folder / f"{name}.bin"
+        with reading(path):
+            ids = np.memmap(path, np.uint16, "c")  # c: nothing is written to the file
+            data[name] = torch.from_numpy(ids)
+            if (ids[1 : 10**6 : 2] < 2).mean() > 0.5:
+                raise ValueError("every second number is 0 or 1, as in uint32: its tokens must be uint16")
+    data["val"], data["test"] = data["val"].tensor_split(2)
     return data
 
 
-def windows(data: Tensor, starts: Tensor, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def load_data(args: argparse.Namespace, config: GPTConfig, tokenizer: Any) -> dict[str, Tensor]:
+    """Token ids of "train", "val", "test", perhaps "ood" and "pretrain", each (N,)."""
+    data = load_tokens(args.data) if args.data else {}
+    encode, _ = encoding(tokenizer)
+    for name, text in load_texts(args).items():
+        data[name] = torch.tensor(encode(text), dtype=torch.int32)
+    for name, ids in data.items():
+        with reading(f"the {name} text"):
+            check_ids(ids.numpy(), args, config)
+    return data
+
+
+def check_ids(ids: np.ndarray, args: argparse.Namespace, config: GPTConfig) -> None:
+    longest = min(len(ids) - 1, config.block_size)
+    if args.block_size > longest:
+        raise ValueError(f"it has {len(ids)} tokens, the model {config.block_size} places: too few for --block-size")
+    if ids.max() >= config.vocab_size:
+        raise ValueError(f"it has the token {ids.max()}, the model only {config.vocab_size} of them")
+    if args.data:
+        strange = ids.max() < 256
+        if not args.init:
+            strange = (ids[: 10**6] < 9).mean() > 0.01  # as bytes, control characters
+        if strange:
+            raise ValueError("its tokens look like characters, not like those of the model")
+
+
+def windows(data: Tensor, starts: Any, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and next-token targets from the given places: (B, T), (B, T). By numpy: torch cannot index uint16."""
-    at = starts[:, None] + torch.arange(block_size + 1)  # (B, T + 1)
-    chunk = torch.from_numpy(data.numpy()[at.numpy()].astype(np.int64)).to(device)  # (B, T + 1)
-    return chunk[:, :-1], chunk[:, 1:]
+    at = np.asarray(starts)[:, None] + np.arange(block_size + 1)  # (B, T + 1)
+    tokens = torch.from_numpy(data.numpy()[at].astype(np.int64)).to(device)  # (B, T + 1)
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 # ---- Training ------------------------------------------------------------------------------------------------
@@ -313,11 +350,11 @@ def option(default: Any, words: str, **more: Any) -> Any:
 
 @dataclass
 class Recipe:
-    """What a training run is made of, beside method, model, data and seed: the options of that group in -h."""
+    """What shapes a run, beside method, model, data and seed: the options of that group in -h."""
 
-    steps: int = option(200, "optimizer steps")
+    steps: int = option(180, "optimizer steps")
     lr: float = option(1.5e-3, "peak learning rate; full wants a lower one")
-    batch_size: int = option(16, "windows per micro-batch")
+    batch_size: int = option(8, "windows per micro-batch")
     grad_accum: int = option(1, "micro-batches per step")
     block_size: int = option(64, "tokens per window")
     weight_decay: float = option(0.0, "AdamW's")
@@ -325,16 +362,18 @@ class Recipe:
     r: int = option(16, "rank of the adapters")
     alpha: float = option(32.0, "their scaling is alpha / r")
     lora_dropout: float = option(0.1, "dropout: rate, on the input of the adapters")
-    sigma: float = option(0.2, "flat: noise strength at the end of the schedule")
-    schedule: str = option("cosine", "flat: how sigma grows", choices=["cosine", "linear", "constant"])
-    rho: float = option(0.2, "sam: radius; sam-full wants about a quarter of it")
+    sigma: float = option(0.2, "flat: noise at the end; 0.05 to 0.1 on a real model")
+    schedule: str = option("cosine", "flat: how sigma grows", choices=["cosine", "constant"])
+    rho: float = option(0.2, "sam: radius")
+    eval_windows: int = option(200, "windows of each text in an evaluation")
 
 
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor], dtype: str = "float32") -> Tensor:
     """Mean cross-entropy in nats per token."""
-    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        logits = model(batch[0])  # (B, T, vocab_size)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch[1].flatten())
+    tokens, targets = batch
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        logits = model(tokens)  # (B, T, vocab_size)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -342,252 +381,677 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     warmup = min(100, steps // 10)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def plain_step(model: nn.Module, loss_fn: flatlora.LossFn, batches: list, optimizer: torch.optim.Optimizer) -> float:
+    """One step of a model that trains whole. Returns the loss."""
+    optimizer.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = loss_fn(model, batch) / len(batches)
+        loss.backward()
+        total += loss.item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not math.isfinite(total + norm):
+        raise FloatingPointError(f"the loss or its gradient is not finite: {total}")
+    optimizer.step()
+    return total
+
+
+def trainable(base: GPT, method: str, recipe: Recipe) -> GPT:
+    """A copy of the base that trains whole, or one with adapters on the base's own weights: these are never written."""
+    if method == "full":
+        return copy.deepcopy(base).requires_grad_(True)
+    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    dropout = recipe.lora_dropout if method == "dropout" else 0.0
+    return flatlora.inject_lora(model, recipe.r, recipe.alpha, dropout, TARGETS)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy in what `trained` gave."""
+    if state.keys() != trained(model).keys():
+        raise ValueError("it is of another model")
+    model.load_state_dict(state, strict=False)  # strict would ask for the frozen weights
 
 
 def train(
-    base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int, file: Path | None = None, bar: tqdm | None = None
-) -> tuple[GPT, list[float]]:
-    """A trained copy of the base in evaluation mode, and the seconds per step. Goes on from `file`, kept up to date;
-    all that a step draws follows from (seed, step, rank), so the result is that of a run which never stopped."""
+    base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int, file: Path, bar: tqdm
+) -> tuple[GPT, dict[str, list[float]]]:
+    """A trained copy of the base in evaluation mode, and loss and seconds of each step.
+
+    Goes on from `file`, which is kept up to date. All that a step draws follows from (seed, step, rank), so the
+    result is that of a run which never stopped.
+    """
     torch.manual_seed(seed)  # the same adapters for every method
-    if method == "full":
-        model = copy.deepcopy(base).requires_grad_(True)
-    else:  # adapters stand on the weights of the base itself, not on a copy: these are never written
-        model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-        flatlora.inject_lora(model, recipe.r, recipe.alpha, recipe.lora_dropout * (method == "dropout"), TARGETS)
-    device, first, seconds, saved_at = next(model.parameters()).device, 0, [], time.monotonic()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), recipe.lr, (0.9, 0.95), weight_decay=recipe.weight_decay)
-    # Where the windows of all steps start, from a generator that no method can disturb; each process has its own.
-    generator, shape = torch.Generator().manual_seed(seed), (recipe.steps, WORLD, recipe.grad_accum, recipe.batch_size)
-    starts = torch.randint(len(data) - recipe.block_size, shape, generator=generator)[:, RANK]
-    if file and file.exists():
+    model = trainable(base, method, recipe)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, recipe.lr, (0.9, 0.95), weight_decay=recipe.weight_decay)
+    history: dict[str, list[float]] = {"loss": [], "seconds": []}
+    if file.exists():
         with reading(file):
-            saved = torch_load(file)
-            model.load_state_dict(saved["trained"], strict=False)  # strict would ask for the frozen weights
+            saved = load(file)
+            restore(model, saved["trained"])
             optimizer.load_state_dict(saved["optimizer"])
-            first, seconds = saved["step"], saved["seconds"]
-    net = nn.parallel.DistributedDataParallel(model.train()) if WORLD > 1 else model.train()
-    bar = tqdm(disable=True) if bar is None else bar
+            history = saved["history"]
+    first = len(history["loss"])
     bar.update(first)
+    if 0 < first < recipe.steps:
+        say(f"{method}, seed {seed}: goes on from step {first}")
+
+    net = model.train()
+    if WORLD > 1:
+        net = nn.parallel.DistributedDataParallel(model)
+    loss_of = partial(loss_fn, dtype=recipe.dtype)
+    saved_at = time.monotonic()
     for step in range(first, recipe.steps):
-        torch.manual_seed(int(np.random.SeedSequence([seed, step, RANK]).generate_state(1)[0]))  # for dropout
+        draw = np.random.default_rng([seed, step, RANK])  # which no method can disturb
+        starts = draw.integers(len(data) - recipe.block_size, size=(recipe.grad_accum, recipe.batch_size))
+        torch.manual_seed(int(draw.integers(2**63)))  # for dropout
+        batches = [windows(data, places, recipe.block_size, base.device) for places in starts]
         optimizer.param_groups[0]["lr"] = learning_rate(step, recipe.steps, recipe.lr)
-        batches = [windows(data, places, recipe.block_size, device) for places in starts[step]]
-        step_loss, begin = partial(loss_fn, dtype=recipe.dtype), time.perf_counter()
-        if space := {"sam": "lora", "sam-full": "full"}.get(method):
-            loss = flatlora.sam_step(net, step_loss, batches, optimizer, recipe.rho, space, max_grad_norm=1.0)
-        else:  # with sigma = 0 the plain step
-            sigma = flatlora.sigma_at(step, recipe.steps, recipe.sigma * (method == "flat"), recipe.schedule)
-            loss = flatlora.flat_lora_step(net, step_loss, batches, optimizer, sigma, (seed, step, RANK), 1.0)
-        seconds.append(time.perf_counter() - begin)  # loss is a Python number, so a GPU is through, but for the update
+
+        begin = time.perf_counter()
+        if method == "full":
+            loss = plain_step(net, loss_of, batches, optimizer)
+        elif method == "sam":
+            loss = flatlora.sam_step(net, loss_of, batches, optimizer, recipe.rho, 1.0)
+        else:
+            end = recipe.sigma if method == "flat" else 0.0  # with 0 the plain step of LoRA
+            sigma = flatlora.sigma_at(step, recipe.steps, end, recipe.schedule)
+            loss = flatlora.flat_lora_step(net, loss_of, batches, optimizer, sigma, (seed, step, RANK), 1.0)
+        history["seconds"].append(time.perf_counter() - begin)  # the loss is here, so a GPU is through
+        history["loss"].append(loss)
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update()
+
         due = step + 1 == recipe.steps or time.monotonic() > saved_at + CHECKPOINT_SECONDS
-        if file and due and RANK == 0:
-            state = {"trained": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict()}
-            save(file, {**state, "step": step + 1, "seconds": seconds})
+        if due and RANK == 0:
+            save(file, {"trained": trained(model), "optimizer": optimizer.state_dict(), "history": history})
             saved_at = time.monotonic()
-    return model.eval(), seconds
+    return model.eval(), history
 
 
-def run_file(folder: Path, base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int) -> Path:
-    """Named by all that shapes a run, so that only an equal one goes on from it; of a tensor 2^16 numbers count."""
-    digest = hashlib.sha256(json.dumps([asdict(base.config), asdict(recipe), WORLD]).encode())
-    for tensor in (data, *base.parameters()):
-        digest.update(tensor.detach().flatten()[:: 1 + tensor.numel() // 2**16].cpu().numpy().tobytes())
-    return folder / f"{method}-{seed}-{digest.hexdigest()[:12]}.pt"
+def say(line: str) -> None:
+    """A line above the progress bar."""
+    if RANK == 0:
+        tqdm.write(line, file=sys.stderr)
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Written beside and renamed: a kill or a full disk at any moment leaves the earlier file or the new one."""
-    buffer, temporary = io.BytesIO(), path.with_name(f".writing-{os.getpid()}")
-    if path.suffix == ".json":
-        buffer.write(json.dumps(content, indent=1, default=str).encode())
-    else:
-        torch.save(content, buffer)
-    try:
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def run_file(folder: Path, base: GPT, method: str, data: Mapping[str, Tensor], recipe: Recipe, seed: int) -> Path:
+    """Named by all that shapes a run and its results, so that only an equal one goes on from it.
+
+    Of a tensor 2^16 numbers count. Runs that can be compared have the same last part.
+    """
+    digest = hashlib.sha256(f"{base.config} {recipe} {WORLD} {[*data]}".encode())
+    for tensor in [*data.values(), *base.parameters()]:
+        stride = 1 + tensor.numel() // 2**16
+        numbers = tensor.detach().flatten()[::stride].cpu().numpy()
+        digest.update(f"{tensor.shape}".encode() + numbers.tobytes())
+    return folder / f"{method}-{seed}-{digest.hexdigest()[:8]}.pt"
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------
-METRICS = {"val_loss": "validation", "test_loss": "test", "ood_loss": "other text", "sharpness": "sharpness"}
-METRICS |= {"passes": "passes", "ms": "ms/step"}
+def spread(model: GPT, data: Tensor, recipe: Recipe, limit: int) -> list[tuple[Tensor, Tensor]]:
+    """At most `limit` windows, evenly spread, without overlap, in equal batches."""
+    starts = np.arange(0, len(data) - recipe.block_size, recipe.block_size)  # (N,)
+    starts = starts[:: math.ceil(len(starts) / limit)]
+    size = min(recipe.batch_size, len(starts))
+    whole = len(starts) // size * size
+    parts = starts[:whole].reshape(-1, size)
+    return [windows(data, part, recipe.block_size, model.device) for part in parts]
+
+
+@torch.no_grad()
+def measure(model: GPT, data: Mapping[str, Tensor], recipe: Recipe) -> dict[str, float]:
+    """The losses and, of a model with adapters, the rise of the training loss under noise of sigma 0.1 on W'."""
+    loss_of = partial(loss_fn, dtype=recipe.dtype)
+    found = {}
+    for name in ("val", "test", "ood"):
+        if name in data:
+            batches = spread(model, data[name], recipe, recipe.eval_windows)
+            found[f"{name}_loss"] = statistics.fmean(loss_of(model, batch).item() for batch in batches)
+    if has_adapters(model):
+        batches = spread(model, data["train"], recipe, min(recipe.eval_windows, 64))
+        found["sharpness"] = flatlora.sharpness(model, loss_of, batches, sigma=0.1, samples=4, seed=0)
+    return found
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(isinstance(module, flatlora.LoRALinear) for module in model.modules())
+
+
 # 97.5 % points of Student's t for 1 to 15 degrees of freedom. The last serves above, too: there it is up to 9 % wide.
 T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 
 
-def spread(model: GPT, data: Tensor, block_size: int, limit: int) -> list[tuple[Tensor, Tensor]]:
-    """At most `limit` windows, evenly spread, without overlap, in equal batches whose logits take 256 MB at most."""
-    starts = torch.arange(0, len(data) - block_size, block_size)  # (N,)
-    starts = starts[:: -(-len(starts) // limit)]
-    size = min(64, len(starts), max(1, 2**26 // (block_size * model.config.vocab_size)))
-    parts = starts[: len(starts) // size * size].split(size)
-    return [windows(data, part, block_size, next(model.parameters()).device) for part in parts]
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval."""
+    n = len(values)
+    t = T975[min(n - 2, 14)]
+    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
+
+
+# ---- What is printed -----------------------------------------------------------------------------------------
+HEADINGS = {"val_loss": "validation", "test_loss": "test", "ood_loss": "other text", "sharpness": "sharpness"}
+COSTS = {"passes": "passes", "ms": "ms/step"}
+DIGITS = {"sharpness": 4, "passes": 0, "ms": 0}  # 3 for the others
+Runs = Sequence[Mapping[str, Any]]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the heading. The first column stands to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+        cells = [row[0].ljust(widths[0])]
+        cells += map(str.rjust, row[1:], widths[1:])
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def mean_row(method: str, runs: Runs, keys: Sequence[str]) -> list[str]:
+    row = [method]
+    for key in keys:
+        values = [run[key] for run in runs if key in run]
+        row.append(f"{statistics.fmean(values):.{DIGITS.get(key, 3)}f}" if values else "-")
+    return row
+
+
+def difference(key: str, runs: Runs, others: Runs) -> tuple[float, float]:
+    """Mean and half the width of the interval, paired by seed."""
+    pairs = zip(runs, others, strict=True)
+    return interval([run[key] - other[key] for run, other in pairs])
+
+
+def difference_row(method: str, runs: Runs, others: Runs, keys: Sequence[str]) -> list[str]:
+    row = [method]
+    for key in keys:
+        cell = "-"
+        if key in runs[0]:
+            cell = plus_minus(*difference(key, runs, others), DIGITS.get(key, 3))
+        row.append(cell)
+    return row
+
+
+def plus_minus(mean: float, half: float, digits: int) -> str:
+    """With as many digits more as the width needs not to be rounded to zero."""
+    if mean == half == 0:
+        return "equal"
+    while digits < 9 and round(half or mean, digits) == 0:
+        digits += 1
+    return f"{mean:+.{digits}f} +-{half:.{digits}f}"
+
+
+def verdict(mean: float, half: float) -> str:
+    """Undecided: an edge of the interval is so close to zero that a few more seeds may turn the word."""
+    if mean == half == 0:
+        return "equal"
+    word = "lower" if mean < 0 else "higher"
+    if abs(mean) < half:
+        word = "not shown to differ"
+    if mean and abs(abs(mean) - half) <= abs(mean) / 5:
+        word = "undecided"
+    return f"{word} ({plus_minus(mean, half, 3)})"
+
+
+def report(runs: Runs, task: str) -> str:
+    """Means over the seeds, differences to LoRA, and what they say, in 80 columns. Each part explains itself."""
+    by: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        by.setdefault(run["method"], []).append(run)
+    results = [key for key in HEADINGS if any(key in run for run in runs)]
+    titles = ["", *map(HEADINGS.get, results)]
+    n = len(by[runs[-1]["method"]])
+    note = f"{task} Nats per token; n = {n}: seeds 0 to {n - 1}, methods untuned. "
+    note += "Sharpness: how much noise of sigma 0.1 on the merged weights raises the training loss."
+
+    rows = [[*titles, *COSTS.values()]]
+    for method, own in by.items():
+        rows.append(mean_row(method, own, [*results, *COSTS]))
+    parts = [textwrap.fill(f"Means over the seeds. {note}", 79), table(rows)]
+    others = [method for method in by if method not in ("base", "lora")]
+    if "lora" not in by or not others:
+        return "\n\n".join(parts)
+    if n == 1:
+        return "\n\n".join([*parts, "One seed has no interval: more, by --seeds, only add to these runs."])
+
+    rows = [titles, mean_row("lora", by["lora"], results)]
+    words = []
+    for method in others:
+        rows.append(difference_row(method, by[method], by["lora"], results))
+        word = verdict(*difference("test_loss", by[method], by["lora"]))
+        passes = f" at {METHODS[method]} passes per step" if METHODS[method] > 1 else ""
+        words.append(f"{method} {word}{passes}")
+    heading = f"LoRA's own values, then differences to them, paired by seed, with 95 % intervals. {note}"
+    parts.append(f"{textwrap.fill(heading, 79)}\n{table(rows)}")
+    parts.append(textwrap.fill(f"Test loss against lora's: {'; '.join(words)}.", 79))
+    return "\n\n".join(parts)
+
+
+def curve(losses: Sequence[float]) -> str:
+    """The loss as it falls, a character per twentieth of the steps."""
+    shades = "▁▂▃▄▅▆▇█" if "utf" in (sys.stderr.encoding or "").lower() else "01234567"
+    parts = np.array_split(losses, min(20, len(losses)))
+    means = np.array([part.mean() for part in parts])
+    height = np.ptp(means) or 1.0
+    levels = 7 * (means - means.min()) / height  # from 0 to 7
+    return "".join(shades[round(level)] for level in levels)
+
+
+# ---- PEFT's files and models ---------------------------------------------------------------------------------
+PREFIX = "base_model.model."  # before the names of PEFT's modules
+# The settings of an adapter that may have any value. Any other must have its default, else it is more than LoRA.
+FREE = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha lora_dropout
+target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern use_rslora modules_to_save
+fan_in_fan_out init_lora_weights"""
+INITS = (True, False, "gaussian", "orthogonal")  # those that leave the base as it is
+
+
+def save_peft(
+    model: nn.Module, folder: str | Path, base_model: str, fan_in_fan_out: bool = False, task_type: str | None = None
+) -> None:
+    """Write all that trains as an adapter that PEFT loads.
+
+    `base_model` names the model on which PEFT is to load it, `fan_in_fan_out` is for one that holds the layers as
+    Conv1D, as GPT-2 does, `task_type` such as "CAUSAL_LM" for AutoPeftModel. ValueError, before a file is written:
+    something that trains would be lost, or PEFT would not find a layer again.
+    """
+    peft = extra("peft")
+    held = set(flatlora.lora_parameters(model))
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
+    if lost:
+        raise ValueError(f"{lost} train beside adapters and modules_to_save, and would be lost")
+
+    layers = flatlora.lora_layers(model)
+    tensors = {}
+    whole = set()
+    for key, tensor in flatlora.lora_state_dict(model).items():
+        owner, _, part = key.rpartition(".")
+        if owner not in layers:
+            whole.add(owner)
+            tensors[PREFIX + key] = tensor.contiguous()
+        elif part != "alpha":
+            tensors[f"{PREFIX}{key}.weight"] = tensor.contiguous()
+
+    first = next(iter(layers.values()))
+    config = peft.LoraConfig(r=first.r, lora_alpha=first.alpha, inference_mode=True)
+    config.target_modules = "|".join(map(re.escape, layers))  # of a list, PEFT would take "1" for the end of "3.1" too
+    config.modules_to_save = sorted(whole) or None
+    for name, layer in layers.items():
+        pattern = f"^{re.escape(name)}"  # without ^ "0" would fit "1.0" too
+        if layer.r != first.r:
+            config.rank_pattern[pattern] = layer.r
+        if layer.alpha != first.alpha:
+            config.alpha_pattern[pattern] = layer.alpha
+
+    with reading("such an adapter"):
+        expected = {name: (layer.r, layer.scaling) for name, layer in layers.items()}
+        if placed_by_peft(model, config, tensors) != (expected, whole):
+            raise ValueError("PEFT would put it on other layers")
+    config.base_model_name_or_path = str(base_model)
+    config.fan_in_fan_out = fan_in_fan_out
+    config.task_type = task_type
+    config.save_pretrained(folder)
+    extra("safetensors.torch").save_file(tensors, Path(folder, "adapter_model.safetensors"), {"format": "pt"})
+
+
+def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
+    """`inject_lora` from an adapter of PEFT's: its layers, ranks, scalings and weights. Returns the model.
+
+    ValueError, before anything is changed: damaged files, more than plain LoRA, or the model has adapters.
+    """
+    peft = extra("peft")
+    if has_adapters(model):
+        raise ValueError("the model has adapters already: load_peft takes a plain one")
+    with reading(folder):
+        check_plain_lora(json.loads(Path(folder, "adapter_config.json").read_text("utf-8")))
+        config = peft.LoraConfig.from_pretrained(str(folder))
+        config.fan_in_fan_out = False  # this model has nn.Linear
+        config.init_lora_weights = False
+        tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
+        places, whole = placed_by_peft(model, config, tensors)
+
+        state = {}
+        for key, tensor in tensors.items():
+            name = re.sub(r"(\.lora_[AB])\.weight$", r"\1", key.removeprefix(PREFIX))
+            state[name] = tensor
+
+        rehearsal = without_memory(model)
+        inject_at(places, whole, rehearsal)
+        trains = {name for name, p in rehearsal.named_parameters(remove_duplicate=False) if p.requires_grad}
+        unlike = trains ^ state.keys()
+        unlike -= dict(rehearsal.named_buffers()).keys()
+        if unlike:
+            raise ValueError(f"PEFT's layers and those of inject_lora differ, as on a tied weight: {unlike}")
+    inject_at(places, whole, model)
+    flatlora.load_lora_state_dict(model, state)
+    return model
+
+
+def check_plain_lora(given: Mapping[str, Any]) -> None:
+    """ValueError: a setting by which PEFT computes something else, even one that this version does not know."""
+    plain = extra("peft").LoraConfig().to_dict()
+    for key, value in given.items():
+        if value and key not in FREE.split() and value != plain.get(key):
+            raise ValueError(f"{key}={value!r} is more than plain LoRA")
+    if given.get("init_lora_weights", True) not in INITS:
+        raise ValueError(f"init_lora_weights={given['init_lora_weights']!r} may have changed the base, too")
+
+
+Places = dict[str, tuple[int, float]]  # r and scaling of each layer
+
+
+def inject_at(places: Places, whole: set[str], model: nn.Module) -> None:
+    heads = "|".join(map(re.escape, whole)) or ()
+    for r, scaling in set(places.values()):
+        names = [re.escape(name) for name, place in places.items() if place == (r, scaling)]
+        flatlora.inject_lora(model, r, scaling * r, targets="|".join(names), modules_to_save=heads)
+
+
+def placed_by_peft(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> tuple[Places, set[str]]:
+    """Where PEFT puts an adapter, and the modules that it replaces whole. ValueError: it has no place for a tensor."""
+    peft = extra("peft")
+    theirs = peft.PeftModel(without_memory(model), copy.deepcopy(config), low_cpu_mem_usage=True)
+    result = peft.set_peft_model_state_dict(theirs, dict(tensors), low_cpu_mem_usage=True)
+    missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"PEFT has no place or no tensor for {[*result.unexpected_keys, *missing][:3]}")
+
+    places = {}
+    whole = set()
+    for name, module in theirs.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            places[name.removeprefix(PREFIX)] = (module.r["default"], module.scaling["default"])
+        elif isinstance(module, peft.utils.ModulesToSaveWrapper):
+            whole.add(name.removeprefix(PREFIX))
+    return places, whole
+
+
+def without_memory(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, without adapters and without torch's wrappers."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.to("meta"), requires_grad=False)  # what a copy has in its place
+    copied = copy.deepcopy(unwrapped(model), memo)
+    for parent in list(copied.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = unwrapped(child)
+    return copied
+
+
+def unwrapped(module: Any) -> Any:
+    while type(module).__name__ in flatlora.WRAPPERS:
+        module = module._modules[flatlora.WRAPPERS[type(module).__name__]]
+    return module.base if isinstance(module, flatlora.LoRALinear) else module
+
+
+@contextmanager
+def perturbed_peft(model: nn.Module, sigma: float, seed: Any) -> Iterator[None]:
+    """`flatlora.perturbed` for a model of PEFT's: inside, its LoRA layers compute with W' + eps.
+
+    eps is what a `LoRALinear` of that name gets, without PEFT's "base_model.model.". All the rest stays PEFT's own.
+    Layers are nn.Linear or GPT-2's Conv1D. ValueError, before anything is changed: more than plain LoRA.
+    """
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
+    seed = flatlora._plain_seed(seed)
+    layers = plain_peft_layers(model)
+    try:
+        if sigma > 0:
+            for name, layer in layers.items():
+                linear = as_linear(layer.base_layer)
+                noise = flatlora.draw_noise(peft_weight(layer, linear), sigma, [seed, name])
+                layer.base_layer.forward = partial(flatlora.noisy_linear, linear=linear, noise=noise)
+        yield
+    finally:
+        for layer in layers.values():
+            vars(layer.base_layer).pop("forward", None)
+        torch.clear_autocast_cache()  # as in flatlora.perturbed
+
+
+def plain_peft_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's LoRA layers by name. ValueError: one does more than W x + b + s B A x, or there are none."""
+    lora = extra("peft").tuners.lora
+    layers = {}
+    for module, name in flatlora._names(model).items():
+        if isinstance(module, lora.LoraLayer):
+            check_plain_layer(name, module, lora)
+            layers[name.removeprefix(PREFIX)] = module
+    if not layers:
+        raise ValueError("the model has no LoRA layer of PEFT's: call get_peft_model first")
+    return layers
+
+
+def check_plain_layer(name: str, layer: Any, lora: Any) -> None:
+    base = layer.base_layer
+    is_linear = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
+    if type(layer) is not lora.Linear or layer.lora_variant or not is_linear:
+        raise ValueError(f"{name} is more than plain LoRA on an nn.Linear or Conv1D: {layer}")
+    flatlora._check_plain(f"{name}.weight", base.weight)
+    active = layer.active_adapters
+    if layer.merged or layer.disable_adapters or len(active) != 1 or active[0] not in layer.lora_A:
+        raise ValueError(f"{name} must have one active adapter, not merged and not disabled, got {active}")
+    if "forward" in vars(base):
+        raise ValueError(f"{name} has its own forward: perturbations do not nest, nor fit accelerate's offloading")
+
+
+def as_linear(base: Any) -> nn.Linear:
+    """The layer itself, or an nn.Linear with the weight of a Conv1D, which holds it transposed."""
+    if isinstance(base, nn.Linear):
+        return base
+    linear = nn.Linear(*base.weight.shape, device="meta")
+    linear.weight = nn.Parameter(base.weight.t(), base.weight.requires_grad)  # (m, n)
+    linear.bias = base.bias
+    return linear
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Tensor, block_size: int, limit: int = 200, dtype: str = "float32") -> float:
-    """Nats per token."""
-    return statistics.fmean(loss_fn(model, b, dtype).item() for b in spread(model, data, block_size, limit))
-
-
-def measure(model: GPT, data: Mapping[str, Tensor], block_size: int, limit: int, dtype: str) -> dict[str, float]:
-    """The losses and, of a model with adapters, the rise of the training loss under noise of sigma 0.1 on W'."""
-    names = [name for name in ("val", "test", "ood") if name in data]
-    found = {f"{name}_loss": evaluate(model, data[name], block_size, limit, dtype) for name in names}
-    if any(isinstance(module, flatlora.LoRALinear) for module in model.modules()):
-        batches = spread(model, data["train"], block_size, min(limit, 64))
-        found["sharpness"] = flatlora.sharpness(model, partial(loss_fn, dtype=dtype), batches, 0.1, 8, seed=0)
-    return found
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval."""
-    return statistics.fmean(values), T975[min(len(values), 16) - 2] * statistics.stdev(values) / len(values) ** 0.5
-
-
-def report(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Means over the seeds, differences to LoRA paired by seed, and what they say, in 80 columns."""
-
-    def table(rows: Sequence[Sequence[str]]) -> str:
-        width = [max(map(len, column)) for column in zip(*rows)]
-        lines = [rows[0], ["-" * w for w in width], *rows[1:]]
-        return "\n".join("  ".join([line[0].ljust(width[0]), *map(str.rjust, line[1:], width[1:])]) for line in lines)
-
-    by = {run["method"]: [r for r in runs if r["method"] == run["method"]] for run in runs}
-    keys = [key for key in METRICS if any(key in run for run in runs)]
-    digits = {key: {"sharpness": 4, "passes": 0, "ms": 0}.get(key, 3) for key in keys}
-    means, differences, words = [["", *(METRICS[k] for k in keys)]], [["", *(METRICS[k] for k in keys[:-2])]], []
-    for method, own in by.items():
-        cells = [f"{statistics.fmean(r[k] for r in own):.{digits[k]}f}" if k in own[0] else "-" for k in keys]
-        means.append([method, *cells])
-        if method in ("base", "lora") or "lora" not in by or len(own) == 1:
-            continue
-        found = {k: interval([a[k] - b[k] for a, b in zip(own, by["lora"])]) for k in keys[:-2] if k in own[0]}
-        cells = {k: f"{mean:+.{digits[k]}f} +-{half:.{digits[k]}f}" for k, (mean, half) in found.items()}
-        differences.append([method, *(cells.get(k, "-") for k in keys[:-2])])
-        mean, half = found["test_loss"]
-        size = f"{'lower' if mean < 0 else 'higher'} by {abs(mean):.3f} +-{half:.3f}"
-        passes = f" at {own[0]['passes']} passes per step" if own[0]["passes"] > 1 else ""
-        words.append(f"{method} {size if abs(mean) > half else 'the same within the interval'}{passes}")
-    note = "Nats per token, mean over the seeds. Sharpness: how much noise of sigma 0.1 raises the training loss."
-    texts = [textwrap.fill(note, 79), table(means)]
-    if words:
-        verdict = f"Test loss against that of lora: {', '.join(words)}."
-        if "ood_loss" in keys:
-            verdict += " A lower learning rate alone lowers the loss on other text: it is no evidence for flatness."
-        verdict += " These defaults suit a small model: on a real one start from sigma 0.05 to 0.1."
-        texts.append("Difference to lora, paired by seed, with its 95 % interval:")
-        texts += [table(differences), textwrap.fill(verdict, 79)]
-    return "\n\n".join(texts)
+def peft_weight(layer: Any, linear: nn.Linear) -> Tensor:
+    """W' (m, n), as `LoRALinear.merged_weight` computes it."""
+    (adapter,) = layer.active_adapters
+    weight = linear.weight.clone()
+    A = layer.lora_A[adapter].weight.to(weight.dtype)
+    B = layer.lora_B[adapter].weight.to(weight.dtype)
+    return weight.addmm_(B, A, alpha=layer.scaling[adapter])
 
 
 # ---- Command line --------------------------------------------------------------------------------------------
-def compare(args: argparse.Namespace) -> None:
-    """Fine-tune with each method and seed, measure, write results.json, then print."""
+def load_base(args: argparse.Namespace) -> tuple[GPT, str, dict[str, Tensor], Any]:
+    """The base and where it is, the data, and the tokenizer, which is None for bytes."""
     if args.init:
-        base, name = load_gpt2(args.init, args.device), args.init
-    else:
-        torch.manual_seed(0)
-        heads = args.n_embd // math.gcd(args.n_embd, 32)
-        base = GPT(GPTConfig(args.n_layer, heads, args.n_embd, args.block_size)).to(args.device)
-    data = load_data(args, base.config)
+        base, tokenizer = load_gpt2(args.init, args.device)
+        name = args.init
+        if Path(name).is_dir():
+            name = str(Path(name).resolve())  # for PEFT, wherever it is called
+        return base, name, load_data(args, base.config, tokenizer), tokenizer
+
+    torch.manual_seed(0)
+    heads = args.n_embd // math.gcd(args.n_embd, 32)
+    base = GPT(GPTConfig(args.n_layer, heads, args.n_embd, args.block_size)).to(args.device)
+    data = load_data(args, base.config, None)
+    text = data.pop("pretrain")
+    once = Recipe(args.pretrain_steps, 3e-3, args.batch_size, block_size=args.block_size, dtype=args.dtype)
+    file = run_file(args.out, base, "base", {"train": text}, once, 0)
+    with tqdm(desc="pre-training, once", total=once.steps, leave=False, disable=RANK > 0) as bar:
+        base, _ = train(base, "full", text, once, 0, file, bar)
+    return base, file.name, data, None
+
+
+def finished_run(
+    base: GPT, method: str, data: Mapping[str, Tensor], recipe: Recipe, seed: int, file: Path, bar: tqdm
+) -> dict[str, Any]:
+    """What the file of the run holds in the end: read, if it is there, or made."""
+    if file.exists():
+        with reading(file):
+            content = load(file)
+            if "result" in content:
+                bar.update(recipe.steps)
+                return content
+
+    model, history = train(base, method, data["train"], recipe, seed, file, bar)
+    result = {"method": method, "seed": seed, **measure(model, data, recipe), "passes": METHODS[method]}
+    result["ms"] = 1000 * statistics.median(history["seconds"])
+    return {"recipe": asdict(recipe), "trained": trained(model), "history": history, "result": result}
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Fine-tune with each method and seed, measure, write the results, then print."""
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-    shape, runs, files = (args.block_size, args.eval_windows, args.dtype), [], []
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not args.init:
-        pretraining = Recipe(args.pretrain_steps, 3e-3, args.batch_size, block_size=args.block_size, dtype=args.dtype)
-        file = run_file(args.out, base, "base", data["pretrain"], pretraining, 0)
-        with tqdm(desc="pre-training, once", total=args.pretrain_steps, leave=False, disable=RANK > 0) as bar:
-            base, name = train(base, "full", data["pretrain"], pretraining, 0, file, bar)[0], file.name
-    runs.append({"method": "base", "seed": 0, **measure(base, data, *shape)})
-    with tqdm(total=args.seeds * len(args.methods) * args.steps, leave=False, disable=RANK > 0) as bar:
-        for seed, method in [(seed, method) for seed in range(args.seeds) for method in dict.fromkeys(args.methods)]:
-            bar.set_description(f"{method}, seed {seed}")
-            files.append(run_file(args.out, base, method, data["train"], recipe, seed))
-            model, seconds = train(base, method, data["train"], recipe, seed, files[-1], bar)
-            cost = {"passes": METHODS[method], "ms": 1000 * statistics.median(seconds)}
-            runs.append({"method": method, "seed": seed, **measure(model, data, *shape), **cost})
-            if seed == 0 and method != "full" and RANK == 0:
-                content = {"base": name, "config": asdict(base.config), "r": args.r, "alpha": args.alpha}
-                save(args.out / f"{method}.pt", {**content, "adapters": flatlora.lora_state_dict(model)})
-                if args.peft:
-                    save_peft(model, args.out / method, name, fan_in_fan_out=True)
+    base, name, data, tokenizer = load_base(args)
+    runs = [{"method": "base", "seed": 0, **measure(base, data, recipe)}]
+    shown = {}
+    total = args.seeds * len(args.methods) * recipe.steps
+    with tqdm(total=total, leave=False, disable=RANK > 0) as bar:
+        for seed in range(args.seeds):
+            for method in args.methods:
+                bar.set_description(f"{method}, seed {seed}")
+                file = run_file(args.out, base, method, data, recipe, seed)
+                content = finished_run(base, method, data, recipe, seed, file, bar)
+                keep(base, name, content, file, args)
+                runs.append(content["result"])
+                shown.setdefault(method, content)
+
     if RANK == 0:
-        found = {"torch": torch.__version__, "options": vars(args), "runs": runs, "report": report(runs)}
-        save(args.out / "results.json", found)
-        for file in files:
-            file.unlink(missing_ok=True)
-        print(f"{found['report']}\n\nNumbers: {args.out}/results.json; adapters of seed 0: {args.out}/METHOD.pt")
+        texts = args.text or [args.data or "Python's package email"]
+        text = report(runs, f"GPT-2 fine-tuned on {', '.join(map(str, texts))}.")
+        results = file.with_name(f"results-{file.stem.rpartition('-')[2]}.json")
+        save(results, {"torch": torch.__version__, "options": vars(args), "runs": runs, "report": text})
+        print(f"{text}\n\nNumbers: {results}; adapters: {file.with_stem(file.stem.replace(method, 'METHOD'))}")
+        if "flat" in shown:
+            method = "flat"
+        models = {"base": base, method: restored(base, shown[method])}
+        for title, model in models.items():
+            words = written(model, tokenizer, args)
+            print(f"\n{title} writes:\n\n{textwrap.indent(words, '    ')}")
+
+
+def keep(base: GPT, name: str, content: dict[str, Any], file: Path, args: argparse.Namespace) -> None:
+    """Write a finished run, if it is new, and say with its loss how it went."""
+    if RANK > 0:
+        return
+    if "base" not in content:
+        content |= {"base": name, "config": asdict(base.config)}
+        save(file, content)
+    run = content["result"]
+    if args.peft and run["method"] != "full":
+        model = restored(base, content)
+        save_peft(model, file.with_suffix(""), name, fan_in_fan_out=True, task_type="CAUSAL_LM")
+
+    losses = content["history"]["loss"]
+    seconds = sum(content["history"]["seconds"])
+    name = f"{run['method']}, seed {run['seed']}:"
+    say(f"{name:17}loss {curve(losses)} {losses[-1]:.2f}, test loss {run['test_loss']:.3f}, {seconds:.0f} s")
+
+
+def restored(base: GPT, content: Mapping[str, Any]) -> GPT:
+    """The model of a finished run."""
+    model = trainable(base, content["result"]["method"], Recipe(**content["recipe"]))
+    restore(model, content["trained"])
+    return model.eval()
+
+
+def written(model: GPT, tokenizer: Any, args: argparse.Namespace) -> str:
+    encode, decode = encoding(tokenizer)
+    tokens = encode((args.prompt or "\n").encode())
+    return decode([*tokens, *generate(model, tokens, args.length)])
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Text from a saved adapter, on the base beside it or on OpenAI's GPT-2 (--init, where that has moved)."""
+    """Text from a finished run, on the base beside it or on OpenAI's GPT-2 (--init, where that has moved)."""
+    content = load(args.sample)
     with reading(args.sample):
-        content = torch_load(args.sample)
-        init = args.init or (None if content["base"].endswith(".pt") else content["base"])
-        model = load_gpt2(init, args.device) if init else GPT(GPTConfig(**content["config"])).to(args.device).eval()
-        if not init:
-            model.load_state_dict(torch_load(args.sample.parent / content["base"])["trained"], strict=False)
-        flatlora.inject_lora(model, content["r"], content["alpha"], targets=TARGETS)
-        flatlora.load_lora_state_dict(model, content["adapters"])
-    encode, decode = tokenizer(init)
-    tokens = encode((args.prompt or "\n").encode())
-    print(decode([*tokens, *generate(model, tokens, args.length)]).decode(errors="replace"))
+        tokenizer = None
+        init = args.init or content["base"]
+        if args.init or not init.endswith(".pt"):
+            base, tokenizer = load_gpt2(init, args.device)
+        else:
+            base = GPT(GPTConfig(**content["config"])).to(args.device)
+            restore(base, load(args.sample.with_name(init))["trained"])
+        model = restored(base, content)
+    print(written(model, tokenizer, args))
 
 
-def count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
-
-
-def main() -> None:
-    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def parsed() -> argparse.Namespace:
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=__doc__, allow_abbrev=False, formatter_class=raw
+    )
     add = parser.add_argument_group("what to run").add_argument
-    add("--methods", nargs="+", choices=METHODS, default=[*METHODS][:4], metavar="METHOD", help="of %(choices)s")
-    add("--seeds", type=count, default=3, help="runs of each method, from two on with intervals (%(default)s)")
-    add("--out", type=Path, default=Path("out"), help="folder for base, adapters and results.json (%(default)s)")
-    add("--device", choices=devices, default=devices[-1], help="(%(default)s)")
-    add("--sample", type=Path, metavar="FILE", help="only write a text with this adapter, such as out/flat.pt")
-    add("--prompt", default="def ", help="what it continues (%(default)r)")
-    add("--length", type=count, default=200, help="tokens to write (%(default)s)")
-    add = (group := parser.add_argument_group("data")).add_argument
+    standard = ["lora", "dropout", "flat", "sam"]
+    add("--methods", nargs="+", choices=METHODS, default=standard, metavar="METHOD", help="of %(choices)s")
+    add("--seeds", type=int, default=3, help="runs of each method, from two on with intervals (%(default)s)")
+    add("--out", type=Path, default=Path("out"), help="folder for base, runs and results (%(default)s)")
+    add("--device", choices=devices, default=devices[0], help="(%(default)s)")
+    add("--sample", type=Path, metavar="FILE", help="only write a text with this finished run")
+    add("--prompt", default="def ", help="what the texts continue (%(default)r)")
+    add("--length", type=int, default=200, help="their length in tokens (%(default)s)")
+
+    group = parser.add_argument_group("data")
     either = group.add_mutually_exclusive_group().add_argument
     either("--text", type=Path, nargs="+", metavar="FILE", help="fine-tune on these (sources of the package email)")
     either("--data", type=Path, metavar="DIR", help="or on nanoGPT's train.bin and val.bin (half of val is the test)")
-    add("--ood", type=Path, nargs="+", metavar="FILE", help="the other text (sources of asyncio; with --init none)")
-    add("--eval-windows", type=count, default=200, help="windows of each text in an evaluation (%(default)s)")
+    other = "the other text (sources of asyncio; with --init none)"
+    group.add_argument("--ood", type=Path, nargs="+", metavar="FILE", help=other)
+
     add = parser.add_argument_group("the base: OpenAI's GPT-2, or a small one pre-trained here").add_argument
-    add("--init", metavar="MODEL", help=f"{', '.join(RELEASED)} or a folder; changes the defaults, see --init MODEL -h")
-    add("--peft", action="store_true", help="also write each adapter for Hugging Face's PEFT, in OUT/METHOD")
-    add("--n-layer", type=count, default=4, help="blocks of the small one (%(default)s)")
-    add("--n-embd", type=count, default=128, help="its width, in heads of 32 (%(default)s)")
-    add("--pretrain-steps", type=count, default=1200, help="its optimizer steps (%(default)s)")
+    add("--init", metavar="MODEL", help="gpt2 to gpt2-xl or a folder; changes the defaults, see --init MODEL -h")
+    add("--peft", action="store_true", help="with --init: also write each adapter for PEFT, in a folder beside it")
+    add("--n-layer", type=int, default=4, help="blocks of the small one (%(default)s)")
+    add("--n-embd", type=int, default=128, help="its width, in heads of 32 (%(default)s)")
+    add("--pretrain-steps", type=int, default=1100, help="its optimizer steps (%(default)s)")
+
     add = parser.add_argument_group("fine-tuning").add_argument
     for f in fields(Recipe):
-        kind = count if type(f.default) is int else type(f.default)
-        add(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, **f.metadata)
+        add(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, **f.metadata)
     if any(word.partition("=")[0] == "--init" for word in sys.argv):
-        parser.set_defaults(methods=["flat"], seeds=1, eval_windows=32, steps=100, lr=2e-4, batch_size=4, grad_accum=4)
-        parser.set_defaults(block_size=256, r=8, alpha=16.0, sigma=0.05, rho=0.05)
+        parser.set_defaults(methods=["lora", "flat"], seeds=1, eval_windows=32)
+        parser.set_defaults(lr=2e-4, batch_size=4, grad_accum=4, block_size=256)
+        parser.set_defaults(r=8, alpha=16.0, sigma=0.05, rho=0.05)
     args = parser.parse_args()
+    args.methods = list(dict.fromkeys(args.methods))
+    index = int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None
+    args.device = torch.device(args.device, index)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError or OSError for what would end a run after minutes."""
+    for name, value in vars(args).items():
+        low = 0 if isinstance(value, float) or name == "peft" else 1
+        if isinstance(value, (int, float)) and not low <= value <= 10**6:
+            raise ValueError(f"--{name.replace('_', '-')} must be from {low} to 1000000, got {value}")
+    flatlora.LoRALinear(nn.Linear(1, 1), 1, args.alpha, args.lora_dropout)  # raises what it does not take
+    if args.peft and not args.init:
+        raise ValueError("--peft needs --init: PEFT loads adapters onto a model that it can find")
+    if args.peft:
+        extra("peft")
+    if not args.sample:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+
+
+def main() -> None:
+    args = parsed()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # what an ASCII terminal cannot show must not end a run
-    args.device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
     try:
+        check(args)
         if WORLD > 1:
             distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
         sample(args) if args.sample else compare(args)
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         raise SystemExit(f"train_gpt2.py: {error}") from None
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise SystemExit(f"train_gpt2.py: {str(error).splitlines()[0]}") from None
     except KeyboardInterrupt:
         raise SystemExit("\ntrain_gpt2.py: stopped; the same command goes on") from None
     finally:
@@ -597,4 +1061,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
     main()

@@ -14,22 +14,18 @@ import train_gpt2
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells turn Ctrl-C off in background jobs
 
 TINY = ["--n-layer=1", "--n-embd=16", "--block-size=16", "--batch-size=2", "--r=2", "--eval-windows=4", "--lr=0.05"]
-TINY += ["--pretrain-steps=2", "--steps=3", "--seeds=1", "--methods"]
+TINY += ["--pretrain-steps=2", "--steps=3", "--seeds=1", "--length=4", "--methods"]
+STEPS = {"flat_lora_step": flatlora, "sam_step": flatlora, "plain_step": train_gpt2}
 
 
 def run(out, *words):
     """The steps that were taken, as (function, trained parameters before it, batches, settings)."""
-    steps, threads = [], torch.get_num_threads()
+    steps = []
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes that the tests start, since more of them round differently
     with pytest.MonkeyPatch.context() as patch:
-        for own in (flatlora.flat_lora_step, flatlora.sam_step):
-
-            def step(model, loss_fn, batches, optimizer, *settings, own=own, **more):
-                before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-                steps.append((own.__name__, before, batches, settings))
-                return own(model, loss_fn, batches, optimizer, *settings, **more)
-
-            patch.setattr(flatlora, own.__name__, step)
+        for name, module in STEPS.items():
+            patch.setattr(module, name, recorded(getattr(module, name), steps))
         patch.setattr(sys, "argv", ["train_gpt2.py", "--out", str(out), *map(str, words)])
         try:
             train_gpt2.main()
@@ -38,22 +34,36 @@ def run(out, *words):
     return steps
 
 
+def recorded(own, steps):
+    def step(model, loss_fn, batches, optimizer, *settings):
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        steps.append((own.__name__, before, batches, settings))
+        return own(model, loss_fn, batches, optimizer, *settings)
+
+    return step
+
+
 def ending(out, *words):
     """The one line in which the run ends."""
     with pytest.raises(SystemExit) as end:
         run(out, *words)
     line = str(end.value).removeprefix("\n")
-    assert line.startswith("train_gpt2.py: ") and "\n" not in line
+    assert line.startswith("train_gpt2.py: ")
+    assert "\n" not in line
     return line
 
 
+def only(out, pattern):
+    (path,) = Path(out).glob(pattern)
+    return path
+
+
 def results(out):
-    return json.loads(Path(out, "results.json").read_text())
+    return json.loads(only(out, "results-*.json").read_text())
 
 
 def base_of(out):
     """The base that a run TINY pre-trained."""
-    (file,) = Path(out).glob("base-*.pt")
-    model = train_gpt2.GPT(train_gpt2.GPTConfig(1, 1, 16, 16)).eval()
-    model.load_state_dict(torch.load(file, weights_only=True)["trained"], strict=False)  # lm_head is wte
-    return model
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(1, 1, 16, 16))
+    train_gpt2.restore(model, train_gpt2.load(only(out, "base-*.pt"))["trained"])
+    return model.eval()

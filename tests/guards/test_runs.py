@@ -1,5 +1,7 @@
-"""A run of train_gpt2.py that is stopped, killed, started twice or split over two ranks ends as if it had not been, and
-on a full disk or with bad files it loses nothing and says in one line what is wrong."""
+"""Runs of train_gpt2.py that are stopped, killed, started twice or split over two ranks end as if they had not been.
+
+Finished runs are kept. On a full disk or with bad files nothing is lost, and one line says what is wrong.
+"""
 
 import argparse
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from running import TINY, base_of, ending, results, run
+from running import TINY, base_of, ending, only, results, run
 
 import flatlora
 import train_gpt2
@@ -25,10 +27,15 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train
 
 
 def outcome(out):
-    """All that a run leaves, apart from times: the numbers, the adapters as bytes, and the names of its files."""
-    numbers = [{key: value for key, value in run.items() if key != "ms"} for run in results(out)["runs"]]
-    adapters = {p.name: p.read_bytes() for p in out.glob("*.pt") if not p.name.startswith("base-")}
-    return numbers, adapters, {p.name for p in out.iterdir()}
+    """All that a run leaves, apart from times: the numbers, the trained weights, and the names of its files."""
+    numbers = []
+    for each in results(out)["runs"]:
+        numbers.append({key: value for key, value in each.items() if key != "ms"})
+    weights = {}
+    for path in out.glob("*-0-*.pt"):
+        for name, p in train_gpt2.load(path)["trained"].items():
+            weights[path.name, name] = p.numpy().tobytes()
+    return numbers, weights, {path.name for path in out.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +43,8 @@ def whole(tmp_path_factory):
     """The folder that LONG leaves when nothing disturbs it."""
     out = tmp_path_factory.mktemp("whole")
     assert len(run(out, *LONG)) == 6 * 8
-    names = sorted(name.partition("-")[0] for name in outcome(out)[2])
-    assert names == ["base", "dropout.pt", "flat.pt", "lora.pt", "results.json", "sam.pt"]
+    names = sorted(path.name.partition("-")[0] for path in out.iterdir())
+    assert names == ["base", "dropout", "flat", "full", "lora", "results", "sam"]
     return out
 
 
@@ -69,39 +76,82 @@ def cut(folder, place, number, count):
         assert (done.returncode, done.stderr.split("\n")[-2]) == (1, "train_gpt2.py: stopped; the same command goes on")
     else:
         assert done.returncode == -signal.Signals[number], done.stderr
-    assert not (folder / "out" / "results.json").exists()  # so it was cut
-    return sum(train_gpt2.torch_load(path)["step"] for path in (folder / "out").glob("*-0-*.pt"))
+    assert not list((folder / "out").glob("results-*"))  # so it was cut
+    return sum(len(train_gpt2.load(path)["history"]["loss"]) for path in (folder / "out").glob("*-0-*.pt"))
 
 
-CUTS = [("inside", "SIGKILL", 4), ("inside", "SIGKILL", 53), ("after", "SIGKILL", 14)]  # the 53rd is results.json
-CUTS += [("after", "SIGINT", 19), ("after", "SIGTERM", 36)]
+CUTS = [("inside", "SIGKILL", 4), ("inside", "SIGKILL", 54), ("after", "SIGKILL", 14)]  # the 54th is the results
+CUTS += [("after", "SIGINT", 19), ("after", "SIGTERM", 38)]
 
 
 @POSIX
 @pytest.mark.parametrize("place, number, count", CUTS)
-def test_the_same_command_goes_on_bit_for_bit(place, number, count, whole, tmp_path):
-    saved, out = cut(tmp_path, place, number, count), tmp_path / "out"
+def test_the_same_command_goes_on_bit_for_bit(place, number, count, whole, tmp_path, capsys):
+    saved = cut(tmp_path, place, number, count)
+    out = tmp_path / "out"
     torn = {path.name for path in out.glob(".writing-*")}
     assert len(torn) == 1 or place == "after"
-    assert count - 6 < saved <= 6 * 8  # up to four writes are of adapters
+    assert count - 7 < saved <= 6 * 8  # up to five writes are of finished runs
+
+    capsys.readouterr()
     assert len(run(out, *LONG)) == 6 * 8 - saved  # no step is taken twice
+    partly = saved % 8
+    assert (f"goes on from step {partly}\n" in capsys.readouterr().err) == (partly > 0)
     *same, names = outcome(out)
-    assert (*same, names - torn) == outcome(whole)
+    expected = outcome(whole)
+    assert (*same, names - torn) == expected
+
+
+def test_ctrl_c_during_the_imports_ends_without_a_traceback():
+    code = "import os, signal, sys, types\n"
+    code += "class Finder:\n"
+    code += "    def find_spec(self, name, *rest):\n"
+    code += "        name == 'torch' and os.kill(os.getpid(), signal.SIGINT)\n"
+    code += (
+        f"sys.meta_path.insert(0, Finder())\nimport runpy\nrunpy.run_path({train_gpt2.__file__!r}, None, '__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    assert done.stderr == ""
+    assert done.returncode == -signal.SIGINT
+
+
+# ---- Kept ----------------------------------------------------------------------------------------------------
+def test_more_seeds_and_methods_only_add(tmp_path, capsys):
+    run(tmp_path, *TINY, "lora", "flat")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*-0-*.pt")}
+    first = results(tmp_path)["runs"]
+    steps = run(tmp_path, *TINY, "lora", "flat", "sam", "--seeds=2")
+    assert len(steps) == 3 + 3 * 3  # sam's seed 0 and all of seed 1
+    after = results(tmp_path)["runs"]
+    assert after[:3] == first
+    assert len(after) == 1 + 2 * 3
+    assert {path: path.read_bytes() for path in before} == before
+    assert capsys.readouterr().err.count("lora, seed 0:") >= 2  # a line for a kept run, too
 
 
 def test_a_run_goes_on_from_nothing_but_an_equal_run(tmp_path):
-    def sam_step(*_, **__):
-        signal.raise_signal(signal.SIGINT)
-
     (tmp_path / "text").write_bytes(bytes(range(256)) * 4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flatlora, "sam_step", sam_step)
-        assert ending(tmp_path, *TINY, "lora", "sam") == "train_gpt2.py: stopped; the same command goes on"
-    left = {path.name for path in tmp_path.iterdir()}
-    for change in ("--lr=0.1", "--sigma=0.1", "--weight-decay=1", "--batch-size=3", f"--text={tmp_path / 'text'}"):
-        assert len(run(tmp_path, *TINY, "lora", "sam", change)) == 6 + 2 * ("batch" in change)  # and the base
-        assert left <= {path.name for path in tmp_path.iterdir()}
-    assert [len(run(tmp_path, *TINY, "lora", "sam")) for _ in range(2)] == [3, 6]
+    words = [*TINY, "lora"]
+    run(tmp_path, *words)
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    changes = ["--lr=0.1", "--sigma=0.1", "--weight-decay=1", "--eval-windows=3", f"--text={tmp_path / 'text'}"]
+    for change in [*changes, f"--ood={tmp_path / 'text'}"]:
+        assert len(run(tmp_path, *words, change)) == 3
+    for change in ("--batch-size=3", "--pretrain-steps=4"):  # with another base
+        assert len(run(tmp_path, *words, change)) in (5, 7)
+    assert {path: path.read_bytes() for path in kept} == kept  # nothing is overwritten
+    assert len(run(tmp_path, *words)) == 0
+
+
+def test_the_name_of_a_run_depends_on_the_base(tmp_path):
+    torch.manual_seed(0)
+    recipe = train_gpt2.Recipe()
+    data = {"train": torch.arange(100)}
+    names = set()
+    for _ in range(2):
+        base = train_gpt2.GPT(train_gpt2.GPTConfig(1, 1, 16, 16))
+        names.add(train_gpt2.run_file(tmp_path, base, "lora", data, recipe, 0))
+    assert len(names) == 2
 
 
 TWICE = """
@@ -133,27 +183,34 @@ def test_two_ranks_are_one_process_with_both_noises_and_batches(tmp_path):
         done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
         if "terminate called without an active exception" not in done.stderr:
             break
-    assert done.stdout.count("Nats per token") == done.stdout.count("Numbers: out") == 1, done.stderr  # of rank 0
+    assert done.stdout.count("Means over the seeds") == done.stdout.count("Numbers: out") == 1, done.stderr  # of rank 0
+
     out = tmp_path / "out"
-    assert len(names := outcome(out)[2]) == 4 and names > {"lora.pt", "flat.pt", "results.json"}
-    args, model = argparse.Namespace(init=None, data=None, text=None, ood=None, block_size=16), base_of(out).train()
-    data = train_gpt2.load_data(args, model.config)["train"]
+    args = argparse.Namespace(init=None, data=None, text=None, ood=None, block_size=16)
+    model = base_of(out).train()
+    data = train_gpt2.load_data(args, model.config, None)["train"]
     torch.manual_seed(0)
     parameters = flatlora.lora_parameters(flatlora.inject_lora(model, 2, 32, targets=train_gpt2.TARGETS))
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0)
-    starts = torch.randint(len(data) - 16, (3, 2, 2, 2), generator=torch.Generator().manual_seed(0))
-    for step in range(3):  # step, rank, micro-batch, window
+    for step in range(3):
         optimizer.param_groups[0]["lr"] = train_gpt2.learning_rate(step, 3, 0.0015)
         optimizer.zero_grad()
         for rank in (0, 1):
             with flatlora.perturbed(model, flatlora.sigma_at(step, 3, 0.2), (0, step, rank)):
-                for places in starts[step, rank]:
-                    text = torch.stack([data[i : i + 17] for i in places]).long()  # (B, T + 1)
+                for text in drawn(data, step, rank):
                     (F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten()) / 4).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    saved = train_gpt2.torch_load(out / "flat.pt")["adapters"]
-    torch.testing.assert_close(saved, flatlora.lora_state_dict(model), rtol=1e-3, atol=2e-6)  # Adam enlarges rounding
+    saved = train_gpt2.load(only(out, "flat-0-*.pt"))["trained"]
+    torch.testing.assert_close(saved, train_gpt2.trained(model), rtol=1e-3, atol=2e-6)  # Adam enlarges rounding
+
+
+def drawn(data, step, rank):
+    """The two micro-batches of two windows, each (2, 17)."""
+    import numpy as np
+
+    starts = np.random.default_rng([0, step, rank]).integers(len(data) - 16, size=(2, 2))
+    return [torch.stack([data[i : i + 17] for i in places]).long() for places in starts]
 
 
 # ---- Full disks and bad files --------------------------------------------------------------------------------
@@ -166,7 +223,8 @@ def out(whole, tmp_path):
 def test_a_full_disk_loses_no_earlier_result(out):
     import resource
 
-    before, limits = {p: p.read_bytes() for p in out.iterdir()}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # a longer file fails as on a full disk
     try:
         assert ending(out, *LONG, "--sigma=0.1").endswith("File too large")
@@ -175,21 +233,25 @@ def test_a_full_disk_loses_no_earlier_result(out):
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 
-WRONG = [{"base": 5}, {"base": "nowhere.pt"}, {"r": "2"}, {"r": 0}, {"r": 3}, {"alpha": float("nan")}, {"config": {}}]
-WRONG += [{"adapters": {}}, {"adapters": None}, {"adapters": {"x": torch.ones(1)}}]
+WRONG = [{"base": 5}, {"base": "nowhere.pt"}, {"recipe": {}}, {"recipe": None}, {"config": {}}, {"result": {}}]
+WRONG += [{"trained": {}}, {"trained": None}, {"trained": {"x": torch.ones(1)}}]
 
 
-@pytest.mark.parametrize("name", ["flat.pt", "base-*.pt"])
+@pytest.mark.parametrize("name", ["flat-*.pt", "base-*.pt"])
 def test_a_damaged_file_is_named(name, out):
-    (victim,) = out.glob(name)
-    content, rng = victim.read_bytes(), random.Random(0)
-    cases = [content[: rng.randrange(len(content))] for _ in range(20)] + [rng.randbytes(n * n) for n in range(20)]
+    flat = only(out, "flat-*.pt")
+    victim = only(out, name)
+    content = victim.read_bytes()
+    rng = random.Random(0)
+    cases = [content[: rng.randrange(len(content))] for _ in range(10)] + [rng.randbytes(n * n) for n in range(10)]
     for change in WRONG:
-        torch.save(torch.load(out / "flat.pt", weights_only=True) | change, out / "other")
-        cases += [(out / "other").read_bytes()] * (name == "flat.pt")
+        torch.save(train_gpt2.load(flat) | change, out / "other")
+        cases += [(out / "other").read_bytes()] * (name == "flat-*.pt")
     for case in [*cases, *map(pickle.dumps, (None, {}, {"base": 1}, [1, 2]))]:
         victim.write_bytes(case)
-        assert "flat.pt cannot be used: " in ending(out, "--sample", out / "flat.pt")
+        line = ending(out, "--sample", flat)
+        assert f"{flat.name} cannot be used: " in line
+        assert "weights_only" not in line  # torch's advice to load it unsafely
 
 
 class Hostile:
@@ -199,15 +261,15 @@ class Hostile:
         return os.mkdir, ("it ran",)
 
 
-@pytest.mark.parametrize("name", ["flat.pt", "base-*.pt", "flat-0-*.pt"])
-def test_a_file_that_would_run_code_does_not(name, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["flat-*.pt", "base-*.pt"])
+def test_a_file_that_would_run_code_does_not(name, out, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2, "report", lambda runs: signal.raise_signal(signal.SIGINT))  # the checkpoint stays
-        ending(tmp_path, *TINY, "flat")
-    (victim,) = tmp_path.glob(name)
+    victim = only(out, name)
     torch.save({"base": Hostile()}, victim)
-    line = ending(tmp_path, *(["--sample", victim] if name == "flat.pt" else [*TINY, "flat"]))
-    assert f"{victim.name} cannot be used: " in line and "eights" in line and not Path("it ran").exists()
+    for words in (["--sample", only(out, "flat-*.pt")], LONG):
+        line = ending(out, *words)
+        assert f"{victim.name} cannot be used: " in line
+        assert "it is damaged, or holds more than tensors" in line
+    assert not Path("it ran").exists()
     torch.load(victim, weights_only=False)
     assert Path("it ran").exists()  # so the file was what it is meant to be

@@ -5,152 +5,344 @@ import ast
 import importlib
 import io
 import math
+import pickle
+import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from running import TINY, base_of, results, run
+import torch.nn.functional as F
+from running import TINY, base_of, ending, only, results, run
+from tqdm import tqdm
 
+import flatlora
 import train_gpt2
 
 
-@pytest.mark.parametrize("file, lines", [("flatlora.py", 350), ("train_toy.py", 300), ("train_gpt2.py", 600)])
-def test_each_file_is_short_and_arrows_point_one_way(file, lines):
+@pytest.mark.parametrize("file", ["flatlora.py", "train_toy.py", "train_gpt2.py"])
+def test_arrows_point_one_way(file):
+    """What is imported before a run; libraries of an extra are imported where they are used."""
     text = Path(train_gpt2.__file__).with_name(file).read_text("utf-8")
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {getattr(node, "module", None) or alias.name for node in nodes for alias in node.names}
-    names = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
-    assert names - {"numpy", "tqdm"} == ({"torch"} if file == "flatlora.py" else {"torch", "flatlora"})
-    assert text.count("\n") <= lines
+    names = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+    names -= sys.stdlib_module_names | {"numpy", "tqdm"}
+    assert names == ({"torch"} if file == "flatlora.py" else {"torch", "flatlora"})
 
 
 def test_help_fits_two_screens_and_shows_every_option(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
-    parsers, parse = [], argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: (parsers.append(self), parse(self))[1])
     with pytest.raises(SystemExit):
         run(tmp_path, "-h")
-    lines, actions = capsys.readouterr().out.splitlines(), parsers[0]._actions
-    assert [line.split()[0].strip(",") for line in lines if line[:3] == "  -"] == [a.option_strings[0] for a in actions]
-    assert 20 < len(actions) <= 32 and all(action.help for action in actions)
-    assert len(lines) <= 100 and max(map(len, lines)) <= 80
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("  -") for line in lines) == 30
+    assert len(lines) <= 100
+    assert max(map(len, lines)) <= 80
 
 
+# ---- Arguments -----------------------------------------------------------------------------------------------
 WRONG = {
-    "--rho nan --methods sam": "rho must be a finite number >= 0, got nan",
     "--out SHORT": "SHORT",
-    "--text nowhere": "nowhere cannot be used: [Errno 2] No such file",
-    "--text SHORT": "--block-size must be below 8 for the val text",
-    "--data nowhere": "train.bin cannot be used: [Errno 2] No such file",
-    "--data BINS": "the train text has the token 299, the model only 256 of them",
+    "--text nowhere": "nowhere cannot be used: FileNotFoundError: [Errno 2] No such file",
+    "--text SHORT": "the val text cannot be used: ValueError: it has 8 tokens, the model 16 places: too few",
+    "--text EMPTY": "the train text cannot be used: ValueError: it has 0 tokens",
+    "--data nowhere": "train.bin cannot be used: FileNotFoundError: [Errno 2] No such file",
+    "--data BINS": "it has the token 339, the model only 256 of them",
     "--data ODD": "train.bin cannot be used: ",
-    "--init nowhere": "--init must be one of gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder with config.json",
-    "--sample nowhere.pt": "nowhere.pt cannot be used: [Errno 2] No such file",
+    "--data META": "META has a meta.pkl, so its tokens are characters",
+    "--data CHARACTERS": "its tokens look like characters",
+    "--data UINT32": "every second number is 0 or 1, as in uint32",
+    "--sample nowhere.pt": "nowhere.pt cannot be used: FileNotFoundError: [Errno 2] No such file",
+    "--peft": "--peft needs --init",
+    "--alpha 0": "alpha > 0",
+    "--alpha nan": "--alpha must be from 0 to 1000000, got nan",
+    "--lora-dropout 1": "0 <= dropout < 1",
+    "--sigma -1": "--sigma must be from 0 to 1000000, got -1.0",
+    "--rho nan": "--rho must be from 0 to 1000000, got nan",
+    "--lr 1e38": "--lr must be from 0 to 1000000, got 1e+38",
+    "--r 0": "--r must be from 1 to 1000000, got 0",
+    "--steps 1000000000000": "--steps must be from 1 to 1000000, got 1000000000000",
     # of argparse, after the usage
-    "--r 0": "--r: must be at least 1, got 0",
+    "--r x": "--r: invalid int value: 'x'",
     "--rr 1": "unrecognized arguments: --rr 1",
     "--text SHORT --data BINS": "--data: not allowed with argument --text",
 }
 
 
-@pytest.mark.parametrize("words", WRONG)
-def test_a_wrong_option_ends_in_one_line(words, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def write_inputs():
     Path("SHORT").write_bytes(b"x" * 40)
-    for folder, content in (("BINS", np.arange(300, dtype=np.uint16).tobytes()), ("ODD", b"x" * 301)):
+    Path("EMPTY").write_bytes(b"")
+    text = np.frombuffer(b"some text of a few words" * 20, np.uint8)
+    inputs = {
+        "BINS": np.arange(40, 340, dtype=np.uint16).tobytes(),
+        "ODD": b"x" * 301,
+        "META": text.astype(np.uint16).tobytes(),
+        "CHARACTERS": (text % 65).astype(np.uint16).tobytes() + bytes(50),
+        "UINT32": text.astype(np.uint32).tobytes(),
+    }
+    for folder, content in inputs.items():
         Path(folder).mkdir()
         Path(folder, "train.bin").write_bytes(content)
         Path(folder, "val.bin").write_bytes(content)
+    Path("META", "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65}))
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_option_ends_in_one_line_before_the_first_step(words, monkeypatch, capsys, tmp_path):
+    def step(*_):
+        raise AssertionError("a step was taken")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt2, "plain_step", step)
+    write_inputs()
     with pytest.raises(SystemExit) as end:
         run("out", *TINY, "flat", *words.split())
     printed = capsys.readouterr()
     line = printed.err.splitlines()[-1] if end.value.code == 2 else end.value.code
-    assert line.startswith("train_gpt2.py: ") and WRONG[words] in line and "\n" not in line
-    assert printed.out == "" and not Path("out/results.json").exists()
+    assert line.startswith("train_gpt2.py: ")
+    assert WRONG[words] in line
+    assert "\n" not in line
+    assert printed.out == ""
+
+
+def test_a_size_that_no_memory_holds_ends_in_one_line(tmp_path):
+    assert "memory" in ending(tmp_path, *TINY, "lora", "--n-embd=300000")
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])
 def test_a_stream_shows_what_it_can_after_the_results_are_written(encoding, monkeypatch, tmp_path):
     class Stream(io.BytesIO):
         def write(self, content):
-            assert (tmp_path / "ü☃" / "results.json").exists()
+            assert list((tmp_path / "ü☃").glob("results-*"))
             return super().write(content)
 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Stream(), encoding))
     run(tmp_path / "ü☃", *TINY, "lora")
-    run(tmp_path, "--sample", tmp_path / "ü☃" / "lora.pt", "--prompt", "☃", "--length=1")
+    run(tmp_path, "--sample", only(tmp_path / "ü☃", "lora-*.pt"), "--prompt", "☃", "--length=1")
     sys.stdout.flush()
     assert "ü☃/results".encode(encoding, "replace") in sys.stdout.buffer.getvalue()
 
 
+# ---- Like with like ------------------------------------------------------------------------------------------
 METHODS = {"lora": "flat_lora_step", "dropout": "flat_lora_step", "flat": "flat_lora_step"}
-METHODS |= {"sam": "sam_step", "sam-full": "sam_step", "full": "flat_lora_step"}
+METHODS |= {"sam": "sam_step", "full": "plain_step"}
 
 
 def test_methods_share_adapters_and_data_and_never_write_the_base(monkeypatch, tmp_path):
-    bases, train = [], train_gpt2.train
-    monkeypatch.setattr(train_gpt2, "train", lambda base, *rest: (bases.append(base), train(base, *rest))[1])
+    bases = []
+    train = train_gpt2.train
+
+    def recorded(base, *rest):
+        bases.append(base)
+        return train(base, *rest)
+
+    monkeypatch.setattr(train_gpt2, "train", recorded)
     steps = run(tmp_path, *TINY, *METHODS)[2:]  # without those of the pre-training
-    names, before, batches, settings = ([list(part[i : i + 3]) for i in range(0, 18, 3)] for part in zip(*steps))
-    assert names == [[name] * 3 for name in METHODS.values()]
-    for start, data in zip(before[:5], batches):
-        assert start[0].keys() == before[0][0].keys() and all(
-            torch.equal(p, before[0][0][k]) for k, p in start[0].items()
-        )
-        assert all(map(torch.equal, sum([x[0] for x in data], ()), sum([x[0] for x in batches[0]], ())))
-    assert not torch.equal(batches[0][0][0][0], batches[0][1][0][0])
+    assert [name for name, *_ in steps[::3]] == list(METHODS.values())
+    first = steps[0]
+    for i in range(0, 15, 3):
+        _, before, batches, _ = steps[i]
+        assert all(map(torch.equal, batches[0], first[2][0]))
+        if i < 12:
+            assert before.keys() == first[1].keys()
+            assert all(torch.equal(p, first[1][name]) for name, p in before.items())
+    assert not torch.equal(steps[0][2][0][0], steps[1][2][0][0])
+
+    sigmas = [[settings[0] for _, _, _, settings in steps[i : i + 3]] for i in (0, 3, 6)]
     growing = [pytest.approx(0.1 * (1 - math.cos(math.pi * t / 3))) for t in range(3)]
-    assert [[step[0] for step in own] for own in settings[:3]] == [[0, 0, 0], [0, 0, 0], growing]
-    assert [step[1] for step in settings[2]] == [(0, 0, 0), (0, 1, 0), (0, 2, 0)]  # seed, step, rank
-    assert [own[0][:2] for own in settings[3:5]] == [(0.2, "lora"), (0.2, "full")]
-    assert all(map(torch.equal, bases[1].parameters(), base_of(tmp_path).parameters())) and bases[1] is bases[-1]
+    assert sigmas == [[0, 0, 0], [0, 0, 0], growing]
+    assert steps[9][3] == (0.2, 1.0)  # rho, max_grad_norm
+    assert bases[1] is bases[-1]
+    assert all(map(torch.equal, bases[1].parameters(), base_of(tmp_path).parameters()))
+
+
+def slow_run(base, data, method, seed, recipe):
+    """What `train` does, as plainly as it can be said: one micro-batch per step."""
+    torch.manual_seed(seed)
+    rate = recipe.lora_dropout if method == "dropout" else 0
+    model = flatlora.inject_lora(base, recipe.r, recipe.alpha, rate, train_gpt2.TARGETS).train()
+    parameters = flatlora.lora_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
+    for step in range(recipe.steps):
+        draw = np.random.default_rng([seed, step, 0])
+        (starts,) = draw.integers(len(data) - 16, size=(1, recipe.batch_size))
+        torch.manual_seed(int(draw.integers(2**63)))
+        text = torch.stack([data[i : i + 17] for i in starts]).long()
+        optimizer.param_groups[0]["lr"] = train_gpt2.learning_rate(step, recipe.steps, recipe.lr)
+        optimizer.zero_grad()
+        grow = 1.0 if recipe.schedule == "constant" else (1 - math.cos(math.pi * step / recipe.steps)) / 2
+        with flatlora.perturbed(model, recipe.sigma * grow if method == "flat" else 0, (seed, step, 0)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+                logits = model(text[:, :-1])
+            F.cross_entropy(logits.float().flatten(0, 1), text[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    return model
+
+
+CHANGES = [{}, {"weight_decay": 5.0}, {"schedule": "constant"}, {"dtype": "bfloat16"}, {"lr": 0.5}]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.parametrize("method", ["dropout", "flat"])
+def test_a_run_is_that_of_the_slow_loop(method, change, monkeypatch, tmp_path):
+    """Windows, dropout and noise of each step, the clipping and every setting: another step gives other weights."""
+    settings = {"steps": 4, "lr": 0.05, "batch_size": 2, "block_size": 16, "r": 2, "sigma": 2.0, "lora_dropout": 0.5}
+    recipe = train_gpt2.Recipe(**(settings | change))
+    torch.manual_seed(1)
+    base = train_gpt2.GPT(train_gpt2.GPTConfig(1, 1, 16, 16))
+    for p in base.parameters():
+        p.data *= 20  # so that gradients are longer than 1 and clipping counts
+    data = torch.randint(256, (500,), dtype=torch.int32)
+    weights = []
+    for seed in (0, 1):
+        file = tmp_path / f"{seed}.pt"
+        model, _ = train_gpt2.train(base, method, data, recipe, seed, file, tqdm(disable=True))
+        weights.append(train_gpt2.trained(model))
+    slow = slow_run(base, data, method, 1, recipe)
+    torch.testing.assert_close(weights[1], train_gpt2.trained(slow), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(*(w["transformer.h.0.attn.c_attn.lora_A"] for w in weights))
+
+
+def test_a_plain_step_takes_the_mean_gradient_clips_it_and_refuses_what_is_not_finite():
+    def mean(model, x):
+        return model(x).mean()
+
+    model = torch.nn.Linear(4, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loss = train_gpt2.plain_step(model, mean, [torch.ones(1, 4), 3 * torch.ones(1, 4)], optimizer)
+    assert loss == pytest.approx(2 * before.sum().item(), rel=1e-5)
+    moved = before - model.weight.detach()  # the gradient is (2, 2, 2, 2), of length 4
+    torch.testing.assert_close(moved, torch.full((1, 4), 0.5), rtol=1e-4, atol=1e-5)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train_gpt2.plain_step(model, mean, [torch.full((1, 4), math.inf)], optimizer)
+
+
+def test_seeds_draw_their_own_windows_and_noise(tmp_path):
+    steps = run(tmp_path, *TINY, "flat", "--seeds=2")[2:]
+    texts = [torch.stack(batches[0]) for _, _, batches, _ in steps]
+    assert len({text.numpy().tobytes() for text in texts}) == 6
+    assert [settings[1] for *_, settings in steps] == [(seed, step, 0) for seed in (0, 1) for step in range(3)]
+
+
+def test_c_proj_starts_smaller():
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(n_layer=8, n_head=2, n_embd=64, block_size=64))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any()
+        elif p.dim() == 2:
+            expected = 0.02 / 4 if "c_proj" in name else 0.02  # sqrt(2 * 8) = 4
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_the_saved_run_is_that_of_its_seed(tmp_path):
+    run(tmp_path, *TINY, "flat", "--seeds=2")
+    data = argparse.Namespace(init=None, data=None, text=None, ood=None, block_size=16)
+    base = base_of(tmp_path)
+    texts = train_gpt2.load_data(data, base.config, None)
+    for seed in (0, 1):
+        content = train_gpt2.load(only(tmp_path, f"flat-{seed}-*.pt"))
+        model = train_gpt2.restored(base, content)
+        found = train_gpt2.measure(model, texts, train_gpt2.Recipe(**content["recipe"]))
+        assert found == {key: content["result"][key] for key in found}
+
+
+def test_sharpness_is_of_the_training_text_at_a_tenth(tmp_path):
+    run(tmp_path, *TINY, "flat")
+    content = train_gpt2.load(only(tmp_path, "flat-0-*.pt"))
+    model = train_gpt2.restored(base_of(tmp_path), content)
+    args = argparse.Namespace(init=None, data=None, text=None, ood=None, block_size=16)
+    data = train_gpt2.load_data(args, model.config, None)["train"]
+    starts = range(0, len(data) - 16, 16)
+    starts = starts[:: -(-len(starts) // 4)]  # four windows, evenly spread
+    batches = []
+    for pair in (starts[:2], starts[2:4]):
+        text = torch.stack([data[i : i + 17] for i in pair]).long()
+        batches.append((text[:, :-1], text[:, 1:]))
+    expected = flatlora.sharpness(model, train_gpt2.loss_fn, batches, sigma=0.1, samples=4, seed=0)
+    assert content["result"]["sharpness"] == pytest.approx(expected, abs=1e-7)
 
 
 # ---- What is printed -----------------------------------------------------------------------------------------
 def test_each_printed_cell_is_in_the_json(capsys, tmp_path):
     run(tmp_path, *TINY, *METHODS, "--seeds=2")
-    text, runs = capsys.readouterr().out, results(tmp_path)["runs"]
+    text = capsys.readouterr().out
+    runs = results(tmp_path)["runs"]
     assert text.startswith(results(tmp_path)["report"])
     assert [(r["seed"], r["method"]) for r in runs] == [(0, "base"), *((seed, m) for seed in (0, 1) for m in METHODS)]
-    digits = {"val_loss": 3, "test_loss": 3, "ood_loss": 3, "sharpness": 4, "passes": 0, "ms": 0}
-    by = {m: [[r.get(k, math.nan) for k in digits] for r in runs if r["method"] == m] for m in ["base", *METHODS]}
-    _, means, _, differences, *_ = text.split("\n\n")
+    keys = ["val_loss", "test_loss", "ood_loss", "sharpness", "passes", "ms"]
+    by = {m: [r for r in runs if r["method"] == m] for m in ["base", *METHODS]}
+    _, means, differences, _, *_ = text.split("\n\n")
     for line, method in zip(means.splitlines()[2:], by, strict=True):
-        cells = zip(np.mean(by[method], 0), digits.values())
-        assert line.split() == [method, *("-" if np.isnan(x) else f"{x:.{d}f}" for x, d in cells)]
-    for line, method in zip(differences.splitlines()[2:], [*METHODS][1:], strict=True):
-        gaps = np.subtract(by[method], by["lora"])[:, :4]  # (2, 4); 12.706: Student's t of two values
-        cells = zip(gaps.mean(0), 12.706 * gaps.std(0, ddof=1) / math.sqrt(2), digits.values())
-        cells = ["-" if np.isnan(x) else f"{x:+.{d}f} +-{half:.{d}f}" for x, half, d in cells]
-        assert line.split() == " ".join([method, *cells]).split()
-    assert [by[method][0][4] for method in METHODS] == [1, 1, 1, 2, 2, 1]
+        cells = train_gpt2.mean_row(method, by[method], keys)
+        assert line.split() == cells
+        values = [r["test_loss"] for r in by[method]]
+        assert cells[2] == f"{np.mean(values):.3f}"
+    heading = next(i for i, line in enumerate(differences.splitlines()) if line.startswith("---"))
+    lines = differences.splitlines()[heading + 1 :]
+    assert lines[0].split() == ["lora", *train_gpt2.mean_row("lora", by["lora"], keys[:4])[1:]]
+    for line, method in zip(lines[1:], [*METHODS][1:], strict=True):
+        gaps = [a["test_loss"] - b["test_loss"] for a, b in zip(by[method], by["lora"])]
+        half = 12.706 * statistics.stdev(gaps) / math.sqrt(2)  # Student's t of two values
+        assert train_gpt2.plus_minus(np.mean(gaps), half, 3) in line
+    assert "n = 2: seeds 0 to 1, methods untuned" in " ".join(differences.split())
+    assert "base writes:" in text and "flat writes:" in text
+    assert max(map(len, results(tmp_path)["report"].splitlines())) <= 80
 
 
-def synthetic(method, losses, passes=2):
-    same = {"val_loss": 10.0, "ood_loss": 10.0, "sharpness": 0.1, "passes": passes, "ms": 1_234_567.8}
+def synthetic(method, losses):
+    same = {"val_loss": 10.0, "ood_loss": 10.0, "sharpness": 0.1, "passes": 1, "ms": 1_234_567.8}
     return [{"method": method, "seed": i, **same, "test_loss": loss} for i, loss in enumerate(losses)]
 
 
 LORA = synthetic("lora", [10.0, 20.0, 30.0])
 VERDICTS = {  # gaps with a standard deviation of 0.1; the t of three values is 4.303, and 4.303 * 0.1 / sqrt(3) = 0.248
-    "flat lower by 0.300 +-0.248 at 2 passes": LORA + synthetic("flat", [9.6, 19.7, 29.8]),
-    "sam-full the same within the interval at 2 passes": LORA + synthetic("sam-full", [9.9, 19.8, 29.7]),
-    "flat higher by 0.300 +-0.248, sam lower by 9.000 +-0.000 at 2 passes": LORA
-    + synthetic("flat", [10.2, 20.3, 30.4], passes=1)
-    + synthetic("sam", [1.0, 11.0, 21.0]),
-    "": LORA[:1] + synthetic("flat", [0.5]),
+    "flat lower (-0.400 +-0.248)": synthetic("flat", [9.5, 19.6, 29.7]),
+    "flat undecided (-0.300 +-0.248)": synthetic("flat", [9.6, 19.7, 29.8]),
+    "flat undecided (+0.220 +-0.248)": synthetic("flat", [10.12, 20.22, 30.32]),
+    "flat not shown to differ (-0.200 +-0.248)": synthetic("flat", [9.7, 19.8, 29.9]),
+    "flat higher (+0.400 +-0.248)": synthetic("flat", [10.3, 20.4, 30.5]),
+    "flat equal": synthetic("flat", [10.0, 20.0, 30.0]),
+    "sam higher (+0.400 +-0.248) at 2 passes per step": synthetic("sam", [10.3, 20.4, 30.5]),
 }
 
 
 @pytest.mark.parametrize("words", VERDICTS)
 def test_the_verdict_follows_the_intervals_and_long_numbers_fit(words):
-    text = train_gpt2.report(VERDICTS[words])
-    assert "1234568" in text and max(map(len, text.splitlines())) <= 80
-    text = " ".join(text.split())
-    assert f"against that of lora: {words} per step. " in text if words.strip() else "+-" not in text
-    assert ("no evidence for flatness" in text) == bool(words.strip())
+    text = train_gpt2.report(LORA + VERDICTS[words], "GPT-2.")
+    assert "1234568" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"against lora's: {words}." in " ".join(text.split())
+
+
+def test_one_seed_has_no_interval():
+    text = train_gpt2.report(LORA[:1] + synthetic("flat", [0.5]), "GPT-2.")
+    assert "+-" not in text
+    assert "One seed has no interval" in text
+
+
+def test_no_width_is_rounded_to_zero():
+    assert train_gpt2.plus_minus(0.00004, 0.00002, 3) == "+0.00004 +-0.00002"
+    assert train_gpt2.plus_minus(-0.004, 0.012, 3) == "-0.004 +-0.012"
+
+
+@pytest.mark.parametrize("n, t", [(2, 12.706), (3, 4.303), (10, 2.262), (16, 2.131), (40, 2.131)])
+def test_intervals_are_students(n, t):
+    values = [0.0] * (n - 1) + [1.0]
+    mean, half = train_gpt2.interval(values)
+    assert mean == pytest.approx(1 / n)
+    assert half == pytest.approx(t * statistics.stdev(values) / math.sqrt(n))
+
+
+def test_the_curve_falls_with_the_loss():
+    assert train_gpt2.curve(np.linspace(3, 1, 200).tolist())[0] in "█7"
+    assert train_gpt2.curve(np.linspace(3, 1, 200).tolist())[-1] in "▁0"
 
 
 # ---- Data and text -------------------------------------------------------------------------------------------
@@ -158,33 +350,43 @@ def test_the_verdict_follows_the_intervals_and_long_numbers_fit(words):
 def test_the_given_data_is_used(given, monkeypatch, tmp_path):
     """Every training window lies in the training part, and the base's losses are those of the other parts."""
     monkeypatch.chdir(tmp_path)
-    files = [np.random.default_rng(k).integers(50 * k, 50 * k + 50, 500, dtype=np.uint8) for k in range(4)]
+    files = [np.random.default_rng(k).integers(50 * k + 10, 50 * k + 60, 500, dtype=np.uint8) for k in range(4)]
     for i, content in enumerate(files):
         Path(f"{i}").write_bytes(content.tobytes())
         Path(f"{['train', 'val', '', ''][i]}.bin").write_bytes(content.astype(np.uint16).tobytes())
     words = {"text": ["--text", 0], "texts": ["--text", 0, 1, 2], "data": ["--data", tmp_path]}[given]
     steps = run("out", *TINY, "lora", "--ood", 3, *words)[2:]  # without those of the pre-training
-    used, parts = files[: 3 if given == "texts" else 1], {"train": (0, 300), "val": (300, 400), "test": (400, 500)}
+
+    used = files[: 3 if given == "texts" else 1]
+    parts = {"train": (0, 300), "val": (300, 400), "test": (400, 500)}
     parts = {name: np.concatenate([file[a:b] for file in used]) for name, (a, b) in parts.items()}
     if given == "data":
         parts = {"train": files[0], "val": files[1][:250], "test": files[1][250:]}
-    for x, y in (pair for _, _, batches, _ in steps for pair in zip(*batches[0])):
-        assert bytes([*x, y[-1]]) in parts["train"].tobytes() and torch.equal(x[1:], y[:-1])
+    for _, _, batches, _ in steps:
+        for x, y in zip(*batches[0]):
+            assert bytes([*x, y[-1]]) in parts["train"].tobytes()
+            assert torch.equal(x[1:], y[:-1])
+
     for name, ids in {"val": parts["val"], "test": parts["test"], "ood": files[3]}.items():
-        ids, starts = torch.tensor(ids).long(), range(0, len(ids) - 16, 16)
-        rows = [ids[i : i + 17] for i in starts[:: -(-len(starts) // 4)]]  # four windows, evenly spread
-        losses = [-base_of("out")(row[None, :16])[0].log_softmax(-1)[range(16), row[1:]].mean().item() for row in rows]
+        ids = torch.tensor(ids).long()
+        starts = range(0, len(ids) - 16, 16)
+        starts = starts[:: -(-len(starts) // 4)]  # four windows at most, evenly spread
+        losses = []
+        for i in starts[: len(starts) // 2 * 2]:  # in whole batches of two
+            logits = base_of("out")(ids[None, i : i + 16])[0]
+            losses.append(F.cross_entropy(logits, ids[i + 1 : i + 17]).item())
         assert results("out")["runs"][0][f"{name}_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_the_test_of_the_bare_run_hangs_on_no_file_and_is_not_in_train():
     args = argparse.Namespace(init=None, data=None, text=None, ood=None, block_size=64)
-    data = train_gpt2.load_data(args, train_gpt2.GPTConfig(1, 1, 16, 64))
+    data = train_gpt2.load_data(args, train_gpt2.GPTConfig(1, 1, 16, 64), None)
     train, test = (bytes(data[name].tolist()) for name in ("train", "test"))
     assert not [i for i in range(0, len(test) - 64, 64) if test[i : i + 65] in train]
     sources = [p.read_bytes() for p in Path(importlib.import_module("email").__path__[0]).glob("*.py")]
     shares = sorted(np.mean([test[i : i + 16] in source for i in range(0, len(test), 16)]) for source in sources)
-    assert shares[-1] <= 0.2 and shares[-10] > 0.01
+    assert shares[-1] <= 0.2
+    assert shares[-10] > 0.01
 
 
 ENCODINGS = {"utf-16": "byte 0xff in position 0", "latin-1": "byte 0xe9 in position 3", "utf-16-le": "byte 1 would not"}
@@ -194,11 +396,10 @@ def test_a_byte_order_mark_is_dropped_and_another_encoding_named_with_its_place(
     path = tmp_path / "text"
     path.write_text("\ufeffJosé", "utf-8")
     assert train_gpt2.read_files([path]) == train_gpt2.read_files([path], utf8=True) == ["José".encode()]
-    args = argparse.Namespace(init="gpt2", data=None, text=[path], ood=None)
     for encoding, place in ENCODINGS.items():
         path.write_text("Jose" if encoding == "utf-16-le" else "José", encoding)
         with pytest.raises(ValueError, match=f"(?i)text cannot be used: .*utf-8.* {place}"):
-            train_gpt2.load_data(args, None)
+            train_gpt2.read_files([path], utf8=True)
 
 
 def test_learning_rate_by_hand():
