@@ -639,7 +639,7 @@ def _check_linear(name: str, layer: nn.Module) -> None:
     own_forward = getattr(layer.forward, "__func__", None) is not nn.Linear.forward
     if any(hooks) or own_forward or "weight" not in layer._parameters:
         raise ValueError(f"{name} has hooks, a parametrization or its own forward, which an adapter would drop")
-    _check_numbers(f"{name}.weight", layer.weight)
+    check_numbers(f"{name}.weight", layer.weight)
     rows, columns = layer.weight.shape  # see `draw_noise`: rows start 8 numbers apart or more, within one circle
     if not (1 <= rows <= CIRCLE // 8 and 1 <= columns <= CIRCLE):
         raise ValueError(
@@ -650,7 +650,7 @@ def _check_linear(name: str, layer: nn.Module) -> None:
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _check_numbers(name: str, p: Any) -> None:
+def check_numbers(name: str, p: Any) -> None:
     """ValueError unless `p` is a parameter of plain floating-point numbers: not quantised, not a DTensor (FSDP 2)."""
     fake = hasattr(p, "fake_mode")  # see `_table`
     if not (type(p) is nn.Parameter or fake) or p.dtype not in FLOATS:
@@ -668,7 +668,7 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The `LoRALinear`s by name. ValueError: there are none, or one is sharded, offloaded or on the meta device."""
-    layers = {name: module for module, name in _names(model).items() if isinstance(module, LoRALinear)}
+    layers = {name: module for module, name in module_names(model).items() if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError("the model has no LoRALinear layer: call inject_lora first")
     for name, layer in layers.items():
@@ -679,7 +679,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def _names(model: nn.Module) -> dict[nn.Module, str]:
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
     """The first name of each module."""
     names: dict[nn.Module, str] = {}
     for name, module in _named_modules(model):
@@ -689,7 +689,7 @@ def _names(model: nn.Module) -> dict[nn.Module, str]:
 
 def _check_present(name: str, p: Any, shape: tuple[int, int]) -> None:
     """ValueError unless all of `p` is in memory: FSDP leaves a part on each rank, offloading by accelerate none."""
-    _check_numbers(name, p)
+    check_numbers(name, p)
     if p.shape != shape or p.device.type == "meta":
         raise ValueError(f"{name} must be all in memory, got {tuple(p.shape)} of {shape} on {p.device}")
 
@@ -699,7 +699,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     trained: dict[str, Tensor] = {}
     for name, layer in lora_layers(model).items():
         trained.update(layer.named_parameters(prefix=name, recurse=False))
-    for module, name in _names(model).items():
+    for module, name in module_names(model).items():
         if _trains_whole(module):
             trained.update(module.state_dict(prefix=f"{name}.".lstrip("."), keep_vars=True))
     return trained

@@ -800,13 +800,12 @@ def perturbed_peft(model: nn.Module, sigma: float, seed: Any) -> Iterator[None]:
     """
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
-    seed = flatlora._plain_seed(seed)
     layers = plain_peft_layers(model)
     try:
         if sigma > 0:
             for name, layer in layers.items():
                 linear = as_linear(layer.base_layer)
-                noise = flatlora.draw_noise(peft_weight(layer, linear), sigma, [seed, name])
+                noise = flatlora.draw_noise(peft_weight(layer, linear), sigma, seed, name)
                 layer.base_layer.forward = partial(flatlora.noisy_linear, linear=linear, noise=noise)
         yield
     finally:
@@ -819,7 +818,7 @@ def plain_peft_layers(model: nn.Module) -> dict[str, Any]:
     """PEFT's LoRA layers by name. ValueError: one does more than W x + b + s B A x, or there are none."""
     lora = extra("peft").tuners.lora
     layers = {}
-    for module, name in flatlora._names(model).items():
+    for module, name in flatlora.module_names(model).items():
         if isinstance(module, lora.LoraLayer):
             check_plain_layer(name, module, lora)
             layers[name.removeprefix(PREFIX)] = module
@@ -833,7 +832,7 @@ def check_plain_layer(name: str, layer: Any, lora: Any) -> None:
     is_linear = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
     if type(layer) is not lora.Linear or layer.lora_variant or not is_linear:
         raise ValueError(f"{name} is more than plain LoRA on an nn.Linear or Conv1D: {layer}")
-    flatlora._check_plain(f"{name}.weight", base.weight)
+    flatlora.check_numbers(f"{name}.weight", base.weight)
     active = layer.active_adapters
     if layer.merged or layer.disable_adapters or len(active) != 1 or active[0] not in layer.lora_A:
         raise ValueError(f"{name} must have one active adapter, not merged and not disabled, got {active}")

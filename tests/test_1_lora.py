@@ -53,11 +53,13 @@ def test_first_output_is_the_bases():
     assert torch.equal(model(x), before)  # bit for bit
 
 
-def test_a_starts_like_a_row_of_a_linear_layer():
-    layer = LoRALinear(nn.Linear(10_000, 4), r=5)
-    bound = 1 / math.sqrt(10_000)  # uniform between -bound and bound
+@pytest.mark.parametrize("n", [1_000, 10_000])
+def test_a_starts_as_nn_linear_starts_its_weight(n):
+    layer = LoRALinear(nn.Linear(n, 4), r=5)
+    bound = 1 / math.sqrt(n)  # nn.Linear draws uniformly from -bound to bound
+    std = bound / math.sqrt(3)  # of a uniform draw
     assert layer.lora_A.abs().max() <= bound
-    assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert layer.lora_A.std().item() == pytest.approx(std, rel=0.05)
 
 
 def test_b_starts_at_zero():
@@ -160,24 +162,27 @@ def test_a_lone_layer_is_adapted():
 # ---- What trains ----
 
 
-def training(model):
+def names_that_train(model):
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 def test_only_the_adapters_train():
     model = inject_lora(ref.plain_model(), r=2)
-    assert training(model) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"]
+    assert names_that_train(model) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"]
 
 
 def test_a_later_injection_leaves_the_first_alone():
-    model = inject_lora(ref.plain_model(), r=2, targets=["0"])
-    first = model[0]
+    model = ref.in_training(inject_lora(ref.plain_model(), r=2, targets=["0"]))
+    first = lora_parameters(model)
+    before = ref.adapters(model)
 
     inject_lora(model, r=3)
 
-    assert model[0] is first
+    assert model[0].lora_A is first[0]
+    assert model[0].lora_B is first[1]
+    ref.assert_same_bits([model[0].lora_A, model[0].lora_B], before)
     assert model[2].r == 3
-    assert training(model) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"]
+    assert names_that_train(model) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"]
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -278,7 +283,7 @@ def test_merging_does_not_write_the_base():
 
 
 def test_a_merged_layer_is_frozen():
-    assert training(merge_lora(ref.adapted_model())) == []
+    assert names_that_train(merge_lora(ref.adapted_model())) == []
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -289,9 +294,10 @@ def test_a_merged_layer_has_the_mode_of_the_model(mode):
 
 def test_a_lone_layer_is_merged():
     layer = ref.adapted_layer()
+    expected = ref.merged(layer)
     linear = merge_lora(layer)
     assert type(linear) is nn.Linear
-    torch.testing.assert_close(linear.weight, layer.weight)
+    torch.testing.assert_close(linear.weight, expected)
     assert torch.equal(linear.bias, layer.bias)
 
 

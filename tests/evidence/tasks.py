@@ -173,8 +173,8 @@ class Packages:
         self.english = self.tokens("\n\n".join(topics[key] for key in sorted(topics)).encode())
         torch.manual_seed(0)
         model = train_gpt2.GPT(train_gpt2.GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=self.block))
-        recipe = train_gpt2.Recipe(steps=1200, lr=3e-3)
-        file = train_gpt2.run_file(OUT, model, "base", self.english, recipe, 0)
+        recipe = train_gpt2.Recipe(steps=1200, lr=3e-3, batch_size=16)
+        file = train_gpt2.run_file(OUT, model, "base", {"train": self.english}, recipe, 0)
         with tqdm(desc="pre-training, once", total=recipe.steps, leave=False) as bar:
             self.base, _ = train_gpt2.train(model, "full", self.english, recipe, 0, file, bar)
 

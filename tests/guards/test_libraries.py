@@ -291,8 +291,8 @@ def test_noise_in_a_peft_model_is_that_of_inject_lora(kind, folder, tmp_path):
             base = model.get_submodule(f"base_model.model.{name}").base_layer
             noise = base.forward.keywords["noise"]
             assert torch.equal(noise.normals, layer.noise.normals)
-            assert torch.equal(noise.scale.sign(), layer.noise.scale.sign())
-            torch.testing.assert_close(noise.scale, layer.noise.scale)
+            assert torch.equal(noise.signed_std.sign(), layer.noise.signed_std.sign())
+            torch.testing.assert_close(noise.signed_std, layer.noise.signed_std)
             A = model.get_submodule(f"base_model.model.{name}").lora_A["default"].weight
             torch.testing.assert_close(A.grad, layer.lora_A.grad, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(noisy, clean, atol=1e-2)

@@ -115,7 +115,7 @@ class LastState(nn.Module):
 
     def __init__(self, kind):
         super().__init__()
-        transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[interop]"')
+        transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[gpt2]"')
         if not transformers.utils.is_torch_available():
             pytest.skip(f"this transformers does not run on torch {torch.__version__}")
         torch.manual_seed(0)
