@@ -54,9 +54,46 @@ def test_the_changed_loop_trains_and_merges():
     assert losses[-1] < losses[0]
 
 
+def test_the_trainer_trains_head_and_adapters_under_noise(tmp_path, monkeypatch):
+    """The program for Hugging Face, on a small BERT and random data."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[gpt2]"')
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=50, num_labels=2, **sizes)
+    model = transformers.BertForSequenceClassification(config)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    data = [{"input_ids": torch.arange(i, i + 5), "labels": i % 2} for i in range(16)]
+    settings = {"max_steps": 4, "learning_rate": 0.01, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    arguments = transformers.TrainingArguments("out", gradient_accumulation_steps=2, disable_tqdm=True, **settings)
+
+    strengths = []
+
+    def perturbed(model, sigma, seed):
+        strengths.append((sigma, seed))
+        return flatlora.perturbed(model, sigma, seed)
+
+    scope = vars(flatlora) | {"Trainer": transformers.Trainer, "perturbed": perturbed}
+    exec(code, scope | {"model": model, "arguments": arguments, "data": data})
+
+    merged = transformers.BertForSequenceClassification.from_pretrained("merged").state_dict()
+    changed = {name for name, p in merged.items() if not torch.equal(p, before[name])}
+    attention = "bert.encoder.layer.0.attention.self"
+    assert changed >= {f"{attention}.query.weight", "classifier.weight", "classifier.bias"}
+    assert f"{attention}.key.weight" not in changed
+    expected = [flatlora.sigma_at(step, 4, 0.05) for step in (0, 0, 1, 1, 2, 2, 3, 3)]  # two micro-batches per step
+    assert [sigma for sigma, _ in strengths] == pytest.approx(expected)
+    assert strengths[2] == strengths[3] != strengths[4]
+
+
 def test_what_it_names_exists():
     for name in ("LoRALinear", "inject_lora", "merge_lora", "perturbed", "flat_lora_step", "sam_step", "sharpness"):
-        assert f"`{name}" in README and hasattr(flatlora, name)
+        assert f"`{name}" in README
+        assert hasattr(flatlora, name)
+    for name in ("perturbed_peft", "save_peft", "load_peft"):
+        assert f"`{name}" in README
+        assert hasattr(train_gpt2, name)
     source = (ROOT / "train_gpt2.py").read_text("utf-8")
     options = {f"--{name.replace('_', '-')}" for name in vars(train_gpt2.Recipe)} | set(
         re.findall(r"--[a-z-]+", source)
