@@ -437,8 +437,9 @@ def train(
         with reading(file):
             saved = load(file)
             restore(model, saved["trained"])
-            optimizer.load_state_dict(saved["optimizer"])
             history = saved["history"]
+            if len(history["loss"]) < recipe.steps:  # else the same command, run twice, has just finished it
+                optimizer.load_state_dict(saved["optimizer"])
     first = len(history["loss"])
     bar.update(first)
     if 0 < first < recipe.steps:

@@ -40,7 +40,9 @@ import train_gpt2
 import train_toy
 
 # Imported here, so that its modules are in the memory of every method.
-peft = importlib.import_module("peft") if importlib.util.find_spec("peft") else None
+peft = None
+if importlib.util.find_spec("peft") and torch.__version__ >= "2.6":  # which transformers asks for
+    peft = importlib.import_module("peft")
 METHODS = {"lora": "LoRA", "peft": "PEFT's LoRA", "flat": "Flat-LoRA", "add": "add and subtract"}
 METHODS |= {"sam": "SAM on (A, B)", "sam-full": "SAM on W'"}
 PRESENT = [method for method in METHODS if peft or method != "peft"]
