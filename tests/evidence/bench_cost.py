@@ -191,9 +191,14 @@ def added(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def step(method: str, model: nn.Module, batches: Sequence, optimizer: Any, seed: int, loss: Callable = loss_fn) -> None:
-    if method.startswith("sam"):
-        sam_step = train_toy.sam_on_merged_step if method == "sam-full" else flatlora.sam_step
-        sam_step(model, loss, batches, optimizer, RHO)
+    if method == "sam":
+        flatlora.sam_step(model, loss, batches, optimizer, RHO)
+    elif method == "sam-full":
+        train_toy.sam_on_merged_step(model, loss, batches, optimizer, RHO)
+    elif method == "peft":  # flat_lora_step with sigma = 0, which takes no model of PEFT's
+        optimizer.zero_grad()
+        flatlora._backward(model, loss, batches, scaler=None)
+        flatlora._update(optimizer, math.inf, scaler=None)
     else:
         with added(model, seed) if method == "add" else nullcontext():  # W may wait: the update is of A and B only
             flatlora.flat_lora_step(model, loss, batches, optimizer, SIGMA if method == "flat" else 0.0, seed)
