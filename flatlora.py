@@ -159,9 +159,10 @@ def perturbed(model: nn.Module, sigma: float, seed: Any) -> Iterator[None]:
 
     A backward may come after the context. Only under activation checkpointing, which runs the forward again, it must
     lie inside: outside, `use_reentrant=False` raises an error, and `use_reentrant=True` gives a wrong gradient without
-    a word. A model may be compiled, before or after its first noise.
+    a word. A model may be compiled, before or after its first noise, from PyTorch 2.5 on.
 
-    ValueError: sigma or the seed is none, or the model has no adapters. RuntimeError: the model is perturbed already.
+    ValueError: sigma is negative or not finite, the seed is no number, or the model has no adapters. RuntimeError: the
+    model is perturbed already.
     """
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
