@@ -1,0 +1,294 @@
+"""The tables of README.md here and of the project's front page, from the runs that study.py has written."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from claims import CLAIMS, Claim, Term, word, word_of_equality
+from stats import Estimate, estimate, holm_levels
+from study import HERE, ROOT, ROWS, SEEDS, code, read_runs
+
+Runs = dict[tuple[str, int], dict[str, Any]]  # row and seed: what was measured
+Results = dict[str, Runs]  # by study
+Column = tuple[str, tuple[tuple[float, str], ...], int]  # heading; metrics with weights, to be added; digits
+
+FRONT = ("A", "B", "C", "E2", "K")  # the claims on the front page
+FAMILIES = {  # of which a claim takes the best row: the beginning of its rows
+    "best Flat-LoRA": "sigma ",
+    "best SAM on (A, B)": "SAM on (A, B), ",
+    "best SAM on W'": "SAM on W', ",
+}
+ACCURACY: list[Column] = [
+    ("test, %", ((1, "test_acc"),), 2),
+    ("typos 1", ((1, "typos_1_acc"),), 2),
+    ("typos 3", ((1, "typos_3_acc"),), 2),
+    ("typos 5", ((1, "typos_5_acc"),), 2),
+    (
+        "3 other domains",
+        ((1 / 3, "amazonReviewSnippets_acc"), (1 / 3, "nytEditorialSnippets_acc"), (1 / 3, "tweets_acc")),
+        2,
+    ),
+]
+TEST: Column = ("test loss", ((1, "test_loss"),), 4)
+OTHER: Column = ("other domain", ((1, "other_loss"),), 4)
+OLD: Column = ("old text", ((1, "old_loss"),), 4)
+ROUNDED: Column = ("test, 3 bits", ((1, "test_loss"), (1, "rise_3_bits")), 4)
+RISE_BITS: Column = ("rise, 3 bits", ((1, "rise_3_bits"),), 4)
+GAP: Column = ("test - training", ((1, "test_loss"), (-1, "train_loss")), 4)
+TRAINING: Column = ("training loss", ((1, "train_loss"),), 4)
+SHARP: Column = ("rise, sigma 0.1", ((1, "rise_0.1"),), 4)
+RISES: list[Column] = [(f"sigma {sigma}", ((1, f"rise_{sigma}"),), 4) for sigma in (0.05, 0.1, 0.2, 0.3)]
+SECONDS: Column = ("seconds", ((1, "seconds"),), 0)
+
+
+# ---- Numbers -------------------------------------------------------------------------------------------------
+
+
+def load_results() -> Results:
+    """Of each row and seed the last run."""
+    found: Results = {}
+    for name in SEEDS:
+        found[name] = {(line["row"], line["seed"]): line for line in read_runs(name)}
+    return found
+
+
+def value(run: dict[str, Any], metric: str) -> np.ndarray:
+    """A number, or of the answers a number per example: 100 if it was right."""
+    given = run[metric]
+    if not metric.endswith("_right"):
+        return np.asarray(given)
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(given), np.uint8))  # (examples,)
+    return 100.0 * bits
+
+
+def contrast(runs: Runs, terms: Sequence[Term]) -> np.ndarray:
+    """The sum of the terms, for each seed of which all their rows have run: (seeds,) or (seeds, examples)."""
+    rows = {row for _, row, _ in terms}
+    seeds = sorted({seed for _, seed in runs if all((row, seed) in runs for row in rows)})
+    sums = []
+    for seed in seeds:
+        sums.append(sum(weight * value(runs[row, seed], metric) for weight, row, metric in terms))
+    return np.array(sums)
+
+
+def best(runs: Runs, family: str) -> str:
+    """The row of a family with the lowest mean validation loss."""
+    means = {}
+    for row in dict.fromkeys(row for row, _ in runs):
+        if row.startswith(FAMILIES[family]) and row != "sigma 0":
+            means[row] = contrast(runs, [(1, row, "val_loss")]).mean()
+    return min(means, key=means.get, default=family)
+
+
+def values_of(claim: Claim, results: Results) -> np.ndarray:
+    runs = results[claim.task]
+    terms = []
+    for weight, row, metric in claim.terms:
+        terms.append((weight, best(runs, row) if row in FAMILIES else row, metric))
+    return contrast(runs, terms)
+
+
+def decided(results: Results) -> dict[str, tuple[Estimate, str]]:
+    """Of each claim that was tested the estimate, with Holm's correction over them all, and the word."""
+    measured = {}
+    for claim in CLAIMS:
+        values = values_of(claim, results) if claim.task else np.array([])
+        if len(values) > 1:
+            measured[claim] = values
+    levels = holm_levels([estimate(values).p for values in measured.values()])
+
+    found = {}
+    for (claim, values), level in zip(measured.items(), levels):
+        one = estimate(values, level)
+        said = word_of_equality(one.low, one.high) if claim.letter == "I" else word(one.low, one.high, claim.gain)
+        if said == "undecided":
+            said += f", about {runs_needed(one, claim.gain)} runs"
+        found[claim.letter] = (one, said)
+    return found
+
+
+def runs_needed(one: Estimate, gain: float | None) -> str:
+    """So many that the interval would be clear of 0, or of half the paper's gain, if the mean stays."""
+    limit = gain / 2 if gain else 0.0
+    clear = max(one.mean, limit - one.mean)
+    needed = math.ceil(one.n * (one.half / clear) ** 2) if clear > 0 else math.inf
+    return f"{needed:,}" if needed <= 10_000 else "more than 10,000"
+
+
+# ---- Tables --------------------------------------------------------------------------------------------------
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]], words: int = 1) -> str:
+    """An aligned table whose first columns are `words`, the others numbers."""
+    widths = [max(3, *map(len, column)) for column in zip(head, *body)]
+    rule = ["-" * width for width in widths[:words]]
+    rule += ["-" * (width - 1) + ":" for width in widths[words:]]
+    lines = []
+    for row in [head, rule, *body]:
+        cells = list(map(str.ljust, row[:words], widths[:words]))
+        cells += map(str.rjust, row[words:], widths[words:])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def interval(one: Estimate, digits: int) -> str:
+    return f"{one.mean:+.{digits}f} ({one.low:+.{digits}f} to {one.high:+.{digits}f})"
+
+
+def claims_table(results: Results, letters: Sequence[str] = ()) -> str:
+    found = decided(results)
+    body = []
+    for claim in CLAIMS:
+        if letters and claim.letter not in letters:
+            continue
+        number, said, n = "", "not tested", ""
+        if claim.letter in found:
+            one, said = found[claim.letter]
+            number = f"{interval(one, claim.digits)} {claim.unit}".strip()
+            n = str(one.n)
+        body.append([claim.letter, claim.says, claim.test, f"**{said}**", number, n])
+    return markdown(["", "the paper says", "tested here", "word", "number, 95 % interval", "n"], body, words=4)
+
+
+def front_claims(results: Results) -> str:
+    return claims_table(results, FRONT)
+
+
+def rows_table(results: Results, name: str, columns: Sequence[Column], wanted: Sequence[str] = ("",)) -> str:
+    """The means of LoRA, then what the other rows differ from them, paired by seed, with 95 % intervals.
+
+    `wanted` are the beginnings of the rows to show.
+    """
+    runs = results[name]
+    if not runs:
+        return "Not measured yet."
+    base = "sigma 0"
+    body = []
+    for row in ROWS[name]():
+        if row != base and not row.startswith(tuple(wanted)):
+            continue
+        own = f"rank {row.split()[1]} sigma 0" if row.startswith("rank") else base
+        cells = cells_of(runs, row, own.replace(" sigma", ", sigma"), columns)
+        if cells:
+            body.append([row if row != base else "LoRA", *cells])
+    head = [f"{name}, change against LoRA", *(title for title, _, _ in columns), "n"]
+    return markdown(head, body) + "\n\n" + caption(results, name)
+
+
+def cells_of(runs: Runs, row: str, base: str, columns: Sequence[Column]) -> list[str]:
+    cells = []
+    for _, metrics, digits in columns:
+        terms = [(weight, row, metric) for weight, metric in metrics]
+        if row != base:
+            terms += [(-weight, base, metric) for weight, metric in metrics]
+        values = contrast(runs, terms)
+        if len(values) < 2:
+            return []
+        one = estimate(values)
+        cells.append(f"{one.mean:.{digits}f}" if row == base else f"{one.mean:+.{digits}f} ±{one.half:.{digits}f}")
+    return [*cells, str(len(values))]
+
+
+def caption(results: Results, name: str) -> str:
+    older = sum(run["code"] != code(name) for run in results[name].values())
+    text = f"`study.py {name}`"
+    if older:
+        text += f"; **{older} of {len(results[name])} runs are older than the code**"
+    return text + "."
+
+
+def variance_table(results: Results) -> str:
+    body = []
+    for row in ROWS["variance"]():
+        values = contrast(results["variance"], [(1, row, "growth")])
+        if len(values) > 1:
+            one = estimate(values)
+            body.append([row, f"{one.mean:.3f} ±{one.half:.3f}", str(len(values))])
+    return markdown(["inputs", "growth of the variance / sigma^2", "n"], body) + "\n\n" + caption(results, "variance")
+
+
+def cost(results: Results) -> str:
+    """Of the benchmark, the rows and shapes for the front page."""
+    found = json.loads((HERE / "cost.json").read_text())
+    shapes = ("512 tokens", "2,048 tokens", "8 x 512 tokens")
+    largest = 16 * found["cell"]["width"] ** 2  # bytes of the largest weight
+    memory = next(iter(found["memory"].values()))
+    body = []
+    for method, label in (("flat", "Flat-LoRA"), ("add", "add and subtract"), ("sam", "SAM on (A, B)")):
+        times = [f"{found['time'][shape]['ratio'][method][1]:.2f}" for shape in shapes]
+        above = (memory[method]["peak"] - memory["lora"]["peak"]) / largest
+        drift = f"{100 * found['drift'][method]['bf16']:.2g} %"
+        body.append([label, *times, f"{above:.2f}", drift])
+    head = ["", *shapes, "memory", f"drift, {found['steps']} steps"]
+    return f"{markdown(head, body)}\n\n{found['machine']}."
+
+
+def all_costs(results: Results) -> str:
+    """What the benchmark printed."""
+    from bench_cost import report  # imports PEFT, where it is installed, which takes a while
+
+    return f"```\n{report(json.loads((HERE / 'cost.json').read_text()))}\n```"
+
+
+def printed(results: Results) -> str:
+    """The whole of what train_gpt2.py prints but the texts."""
+    content = json.loads((HERE / "gpt2.json").read_text())
+    return f"```\n{content['report']}\n```"
+
+
+# ---- Pages ---------------------------------------------------------------------------------------------------
+
+Tables = dict[str, Callable[[Results], str]]
+
+
+def front() -> Tables:
+    """The tables of the README.md of the project, marked alike."""
+    return {"claims": front_claims, "cost": cost, "printed": printed}
+
+
+def blocks() -> Tables:
+    """The tables of README.md here: between `<!-- table NAME -->` and `<!-- end -->`."""
+    table = functools.partial
+    curves = ("sigma", "SAM", "dropout", "trained")
+    choices = ("constant", "one std")
+    return {
+        "claims": claims_table,
+        "movies": table(rows_table, name="movies", columns=ACCURACY),
+        "movies losses": table(rows_table, name="movies", columns=[TEST, TRAINING, GAP, RISE_BITS]),
+        "movies rises": table(rows_table, name="movies", columns=RISES),
+        "packages": table(rows_table, name="packages", columns=[TEST, OTHER, OLD, ROUNDED, SECONDS], wanted=curves),
+        "packages gaps": table(rows_table, name="packages", columns=[TRAINING, GAP, *RISES], wanted=curves),
+        "packages ranks": table(rows_table, name="packages", columns=[TEST, OTHER, ROUNDED], wanted=("rank",)),
+        "packages choices": table(rows_table, name="packages", columns=[TEST, OTHER, ROUNDED], wanted=choices),
+        "toy": table(rows_table, name="toy", columns=[TEST, OTHER, GAP, SHARP, ROUNDED]),
+        "variance": variance_table,
+        "all costs": all_costs,
+    }
+
+
+def rendered(readme: str, results: Results, tables: Tables) -> str:
+    """README.md with every table as the runs say it. ValueError: a table is missing in it, or unknown."""
+    parts = re.split(r"(<!-- table ([\w ]+) -->\n).*?(<!-- end -->)", readme, flags=re.S)
+    if sorted(parts[2::4]) != sorted(tables):
+        raise ValueError(f"README.md must have the tables {sorted(tables)} once each, it has {sorted(parts[2::4])}")
+    text = parts[0]
+    for opening, name, end, rest in zip(parts[1::4], parts[2::4], parts[3::4], parts[4::4]):
+        text += f"{opening}\n{tables[name](results)}\n\n{end}{rest}"
+    return text
+
+
+def pages() -> dict[Path, Tables]:
+    return {HERE / "README.md": blocks(), ROOT / "README.md": front()}
+
+
+def write_pages() -> None:
+    results = load_results()
+    for page, tables in pages().items():
+        page.write_text(rendered(page.read_text("utf-8"), results, tables), "utf-8")
