@@ -1,47 +1,92 @@
-"""The picture: what each method changes against LoRA, on the tasks with a pre-trained base that are measured.
+"""The picture: what more strength does, for each method, on packages.
 
-    python tests/evidence/picture.py    # writes change-light.png and change-dark.png beside this file
+    python tests/evidence/picture.py    # writes strength-light.png and strength-dark.png beside this file
 
-Reads movies.json and packages.json, which study.py writes. Needs matplotlib.
+Reads the runs of study.py. Needs matplotlib.
 """
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from stats import estimate
-from study import HERE, Results, differences, load_results, values
+from study import HERE, packages_rows
+from tables import Runs, contrast, load_results
 
-PASSES = {"dropout": 1, "weight decay": 1, "Flat-LoRA": 1, "Flat-LoRA, LoRA's rate": 1, "SAM": 2}  # per step
-TASKS = {"movies": "MiniLM, film reviews", "packages": "small GPT-2, source code"}
-PANELS = {"test_loss": "Test", "other_loss": "Other domains"}
-COLOURS = {"light": ("white", "#24292f", "#0969da", "#bc4c00"), "dark": ("#0d1117", "#e6edf3", "#58a6ff", "#f0883e")}
+CURVES = {  # beginning of the rows, in order of strength
+    "Flat-LoRA, sigma": "sigma ",
+    "SAM on (A, B), rho": "SAM on (A, B), rho ",
+    "SAM on W', rho": "SAM on W', rho ",
+    "dropout": "dropout ",
+}
+THEMES = {  # background, ink, and a colour per curve
+    "light": ("white", "#24292f", ["#0969da", "#bc4c00", "#8250df", "#1a7f37"]),
+    "dark": ("#0d1117", "#e6edf3", ["#58a6ff", "#f0883e", "#d2a8ff", "#3fb950"]),
+}
+Point = tuple[float, float]  # mean change against LoRA, and half its 95 % interval
 
 
-def draw(pyplot: Any, results: Results, theme: str) -> None:
-    """One panel per test: mean and 95 % interval of the paired change of the loss, in per cent of LoRA's loss."""
-    back, ink, *task_colours = COLOURS[theme]
-    style = {key: ink for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")}
-    with pyplot.rc_context(style | {"figure.facecolor": back, "axes.facecolor": back, "font.size": 9}):
-        figure, panels = pyplot.subplots(1, 2, figsize=(7.4, 3.4), sharey=True, layout="constrained")
-        for panel, (metric, title) in zip(panels, PANELS.items()):
-            measured = [(name, label) for name, label in TASKS.items() if "compare" in results.get(name, {})]
-            for shift, colour, (name, label) in zip((-0.15, 0.15), task_colours, measured):
-                unit = statistics.fmean(values(results, name, "LoRA", metric)) / 100
-                found = [estimate(differences(results, name, row, "LoRA", metric)) for row in PASSES]
-                means, halves = [one.mean / unit for one in found], [one.half / unit for one in found]
-                places = [place + shift for place in range(len(PASSES))]
-                panel.errorbar(means, places, xerr=halves, fmt="o", color=colour, markersize=4, capsize=2, label=label)
-            panel.axvline(0, color=ink, linewidth=0.8)
-            panel.set_title(title)
-            panel.set_xlabel("loss against LoRA's, % (left is better)")
+def change(runs: Runs, row: str, *metrics: str) -> Point:
+    terms = [(1, row, metric) for metric in metrics]
+    terms += [(-1, "sigma 0", metric) for metric in metrics]
+    one = estimate(contrast(runs, terms))
+    return one.mean, one.half
+
+
+def rows_of(runs: Runs, beginning: str) -> list[str]:
+    """The rows of a curve that have run, the weakest first."""
+    ran = {row for row, _ in runs}
+    return [row for row in packages_rows() if row.startswith(beginning) and row in ran and row != "sigma 0"]
+
+
+def draw_strengths(panel: Any, runs: Runs, colours: list[str], metric: str) -> None:
+    """Each curve from LoRA, at strength 0, to its strongest row."""
+    for (name, beginning), colour in zip(CURVES.items(), colours):
+        rows = rows_of(runs, beginning)
+        points = [(0.0, 0.0), *(change(runs, row, metric) for row in rows)]
+        means, halves = zip(*points)
+        panel.errorbar(range(len(points)), means, yerr=halves, color=colour, marker="o", markersize=3, label=name)
+        for place, row in enumerate(rows, start=1):
+            strength = row.removeprefix(beginning)
+            panel.annotate(strength, (place, means[place]), xytext=(3, 3), textcoords="offset points", fontsize=6)
+    panel.set_xlabel("strength, from none to the strongest tried")
+    panel.set_xticks([])
+
+
+def draw_trade(panel: Any, runs: Runs, colours: list[str]) -> None:
+    """The loss after rounding against that before."""
+    for beginning, colour in zip(CURVES.values(), colours):
+        before = [0.0]
+        after = [0.0]
+        for row in rows_of(runs, beginning):
+            before.append(change(runs, row, "test_loss")[0])
+            after.append(change(runs, row, "test_loss", "rise_3_bits")[0])
+        panel.plot(before, after, color=colour, marker="o", markersize=3)
+    if ("trained in 3 bits", 0) in runs:
+        x, _ = change(runs, "trained in 3 bits", "test_loss")
+        y, _ = change(runs, "trained in 3 bits", "test_loss", "rise_3_bits")
+        panel.plot(x, y, "s", color=panel.spines["left"].get_edgecolor(), markersize=4)
+        panel.annotate("trained in 3 bits", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    panel.set_xlabel("test loss before rounding, against LoRA's")
+
+
+def draw(pyplot: Any, runs: Runs, theme: str) -> None:
+    back, ink, colours = THEMES[theme]
+    style = dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], ink)
+    style |= {"figure.facecolor": back, "axes.facecolor": back, "legend.facecolor": back, "font.size": 8}
+    with pyplot.rc_context(style):
+        figure, panels = pyplot.subplots(1, 3, figsize=(9.6, 3.6), layout="constrained")
+        draw_strengths(panels[0], runs, colours, "test_loss")
+        draw_strengths(panels[1], runs, colours, "other_loss")
+        draw_trade(panels[2], runs, colours)
+        panels[0].set_title("Test loss: below 0 is better than LoRA")
+        panels[1].set_title("Loss on the next package")
+        panels[2].set_title("After rounding to 3 bits: lower is better")
+        for panel in panels:
+            panel.axhline(0, color=ink, linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
-        words = [f"{row}\n{count} pass{'es' * (count > 1)} per step" for row, count in PASSES.items()]
-        panels[0].set_yticks(range(len(PASSES)), words)
-        panels[0].set_ylim(len(PASSES) - 0.6, -0.4)  # from the top down
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-        figure.savefig(HERE / f"change-{theme}.png", dpi=130)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        figure.savefig(HERE / f"strength-{theme}.png", dpi=130)
         pyplot.close(figure)
 
 
@@ -53,11 +98,11 @@ def main() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    results = load_results()
-    if not any("compare" in results.get(name, {}) for name in TASKS):
-        raise SystemExit("picture.py: nothing is measured: python tests/evidence/study.py compare packages")
-    for theme in COLOURS:
-        draw(pyplot, results, theme)
+    runs = load_results()["packages"]
+    if not runs:
+        raise SystemExit("picture.py: nothing is measured: python tests/evidence/study.py packages")
+    for theme in THEMES:
+        draw(pyplot, runs, theme)
 
 
 if __name__ == "__main__":
