@@ -458,6 +458,11 @@ def test_the_curve_falls_with_the_loss():
 
 
 # ---- Data and text -------------------------------------------------------------------------------------------
+def test_each_text_is_split_into_three_fifths_one_and_one():
+    parts = train_gpt2.split([b"aaabc", b"AAABC"])
+    assert parts == {"train": b"aaaAAA", "val": b"bB", "test": b"cC"}
+
+
 @pytest.fixture
 def files(monkeypatch, tmp_path):
     """Four texts of 500 bytes each, which share few of them; the first two are train.bin and val.bin, too."""
