@@ -1,14 +1,14 @@
 """Processes for tests.
 
 To import torch takes seconds, and so does what the first step of an optimizer imports. So each of them is forked from
-one process that has imported these and has done nothing else.
+one process that has imported these and has done nothing else. Other systems than Linux do not fork such a process well.
 """
 
 import multiprocessing
-import os
+import sys
 
-CONTEXT = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-if os.name != "nt":
+CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+if sys.platform == "linux":
     CONTEXT.set_forkserver_preload(["torch", "torch._dynamo"])
 
 

@@ -142,10 +142,39 @@ def test_sam_on_merged_refuses_half_precision(dtype):
     assert bytes_of(model) == before
 
 
-def test_sam_on_merged_refuses_what_is_not_a_number():
+def test_sam_on_merged_stands_still_where_the_gradient_is_zero():
     model = adapted()
-    with pytest.raises(ValueError, match="rho must be a finite number >= 0, got nan"):
-        train_toy.sam_on_merged_step(model, train_toy.loss_fn, two_batches(), sgd(model), math.nan)
+    before = bytes_of(model)
+
+    def level(model, batch):
+        return 0 * train_toy.loss_fn(model, batch)
+
+    train_toy.sam_on_merged_step(model, level, two_batches(), sgd(model), 0.3)
+    assert bytes_of(model) == before
+
+
+def test_sam_on_merged_leaves_an_unused_layer_alone():
+    model = adapted()
+    first, *unused = layers_of(model)
+    before = [bytes_of(layer) for layer in unused]
+
+    def loss_of_the_first_layer(model, batch):
+        x, _ = batch
+        return first(x).square().mean()
+
+    train_toy.sam_on_merged_step(model, loss_of_the_first_layer, two_batches(), sgd(model), 0.3)
+    assert [bytes_of(layer) for layer in unused] == before
+
+
+@pytest.mark.parametrize("rho", [-0.1, math.inf, math.nan])
+def test_sam_on_merged_refuses_a_wrong_rho(rho):
+    model = adapted()
+    with pytest.raises(ValueError, match=f"rho must be a finite number >= 0, got {rho}"):
+        train_toy.sam_on_merged_step(model, train_toy.loss_fn, two_batches(), sgd(model), rho)
+
+
+def test_sam_on_merged_refuses_a_loss_that_is_no_number():
+    model = adapted()
     before = bytes_of(model)
     x, y = two_batches()[0]
     with pytest.raises(FloatingPointError, match="the loss is not finite: nan"):
