@@ -263,6 +263,20 @@ def test_noise_on_factors_has_one_direction_per_sample_at_every_sigma():
     assert torch.cosine_similarity(first.flatten(), second.flatten(), dim=0).abs() < 0.3
 
 
+def test_noise_on_factors_is_seeded_by_the_name_of_each(monkeypatch):
+    model = adapted()
+    draw = flatlora.draw_noise
+    names = []
+
+    def recorded(factor, sigma, seed, name):
+        names.append(name)
+        return draw(factor, sigma, seed, name)
+
+    monkeypatch.setattr(flatlora, "draw_noise", recorded)
+    train_toy.sharpness_on_factors(model, train_toy.loss_fn, two_batches(), 0.3, samples=1, seed=0)
+    assert names == trainable_names(model)
+
+
 def test_sharpness_on_factors_is_a_mean_rise_after_which_every_bit_is_back():
     model = adapted()
     before = bytes_of(model)
