@@ -1,7 +1,11 @@
 """The three files of the project lie beside this folder, and the tests share reference.py."""
 
+import os
 import sys
 from pathlib import Path
+
+# The models are tiny, and a second thread would only be waited for. What the tests start inherits the variable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -9,4 +13,4 @@ TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS.parent))
 sys.path.insert(0, str(TESTS))
 
-torch.set_num_threads(1)  # the models are tiny, and beside a busy process a second thread is waited for
+torch.set_num_threads(1)

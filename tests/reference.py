@@ -54,6 +54,13 @@ def batch(size=16, dtype=torch.float64, device="cpu", seed=1):
     return x.to(device, dtype), y.to(device)
 
 
+def quarters(batch):
+    """The batch as four micro-batches of equal size."""
+    x, y = batch
+    size = len(x) // 4
+    return list(zip(x.split(size), y.split(size)))
+
+
 def loss_fn(model, batch):
     x, y = batch
     return nn.functional.cross_entropy(model(x), y)

@@ -207,7 +207,8 @@ def test_modules_to_save_train_whole():
 
 
 def test_modules_to_save_get_no_adapters():
-    assert list(lora_layers(model_with_a_head())) == ["body"]
+    model = model_with_a_head()
+    assert list(lora_layers(model)) == ["body"]  # and neither of the two linear layers in the head
 
 
 def test_modules_to_save_are_lora_parameters():
@@ -288,16 +289,19 @@ def test_a_merged_layer_is_frozen():
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_a_merged_layer_has_the_mode_of_the_model(mode):
-    model = merge_lora(ref.adapted_model().train(mode))
+    model = ref.adapted_model()
+    model.train(mode)
+    merge_lora(model)
     assert model[0].training == mode
 
 
 def test_a_lone_layer_is_merged():
-    layer = ref.adapted_layer()
-    expected = ref.merged(layer)
+    layer = ref.adapted_layer()  # a model of one layer, which `merge_lora` cannot replace inside of it
+
     linear = merge_lora(layer)
+
     assert type(linear) is nn.Linear
-    torch.testing.assert_close(linear.weight, expected)
+    torch.testing.assert_close(linear.weight, ref.merged(layer))
     assert torch.equal(linear.bias, layer.bias)
 
 

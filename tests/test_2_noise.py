@@ -243,9 +243,10 @@ def test_ctrl_c_leaves_nothing_behind():
 def test_a_layer_holds_one_number_per_row():  # and a place in the table, which all layers share
     model = ref.adapted_model()
     with perturbed(model, sigma=0.3, seed=0):
-        first, second = model[0].noise, model[2].noise
-    assert first.signed_std.shape == (16, 1)
-    assert ref.memory_of(first.normals) == ref.memory_of(second.normals)
+        signed_std, normals = model[0].noise  # which is all that it holds
+        _, normals_of_another = model[2].noise
+    assert signed_std.shape == (16, 1)
+    assert ref.memory_of(normals) == ref.memory_of(normals_of_another)
 
 
 def test_nothing_of_the_size_of_w_is_kept_for_the_backward():

@@ -149,11 +149,10 @@ def test_sam_leaves_an_unused_layer_alone():
 def test_sam_on_micro_batches_takes_the_step_of_the_whole_batch():
     model = ref.adapted_model()
     twin = ref.adapted_model()
-    x, y = ref.batch(size=16)
-    parts = list(zip(x.split(4), y.split(4)))
+    data = ref.batch(size=16)
 
-    whole_loss = ref.sam_step(model, ref.loss_fn, [(x, y)], ref.sgd(model))
-    parts_loss = ref.sam_step(twin, ref.loss_fn, parts, ref.sgd(twin))
+    whole_loss = ref.sam_step(model, ref.loss_fn, [data], ref.sgd(model))
+    parts_loss = ref.sam_step(twin, ref.loss_fn, ref.quarters(data), ref.sgd(twin))
 
     assert parts_loss == pytest.approx(whole_loss)
     torch.testing.assert_close(ref.adapters(twin), ref.adapters(model))

@@ -1,8 +1,10 @@
 """What the tests of train_gpt2.py share: tiny runs of it in this process."""
 
+import argparse
 import json
 import signal
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # shells turn Ctrl-C o
 
 TINY = ["--n-layer=1", "--n-embd=16", "--block-size=16", "--batch-size=2", "--r=2", "--eval-windows=4", "--lr=0.05"]
 TINY += ["--pretrain-steps=2", "--steps=3", "--seeds=1", "--length=4", "--methods"]
+PRETRAINING = 2  # steps, which come first
+BARE = argparse.Namespace(init=None, data=None, text=None, ood=None, block_size=16)  # what TINY asks of `load_data`
 STEPS = {"flat_lora_step": flatlora, "sam_step": flatlora, "plain_step": train_gpt2}
 
 
+Step = namedtuple("Step", "function before batches settings")  # before: the trained parameters
+
+
 def run(out, *words):
-    """The steps that were taken, as (function, trained parameters before it, batches, settings)."""
+    """The steps that were taken."""
     steps = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes that the tests start, since more of them round differently
@@ -37,7 +44,7 @@ def run(out, *words):
 def recorded(own, steps):
     def step(model, loss_fn, batches, optimizer, *settings):
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        steps.append((own.__name__, before, batches, settings))
+        steps.append(Step(own.__name__, before, batches, settings))
         return own(model, loss_fn, batches, optimizer, *settings)
 
     return step

@@ -3,8 +3,6 @@
 import copy
 import math
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import reference as ref
 import torch
+from processes import ended, started
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -442,6 +441,7 @@ def sam_steps(net, rank):
 
 def one_rank(rank, folder):
     """What each process of the tests below does."""
+    torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     for steps in (flat_steps, sam_steps):
@@ -463,16 +463,8 @@ def one_rank(rank, folder):
 def two_ranks(tmp_path_factory):
     """The folder in which two processes have left what they trained."""
     folder = tmp_path_factory.mktemp("ranks")
-    tests = Path(__file__).parents[1]  # reference.py is here, flatlora.py one up
-    places = os.pathsep.join([str(tests), str(tests.parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
-    command = [sys.executable, __file__, str(folder)]
-    ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in (0, 1)]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    ranks = [started(one_rank, rank, folder) for rank in (0, 1)]
+    assert [ended(rank) for rank in ranks] == [0, 0]
     return folder
 
 
@@ -512,7 +504,3 @@ def test_two_ranks_take_the_sam_step_of_one_process_with_all_batches(two_ranks):
         state, exchanges = torch.load(two_ranks / f"sam_steps-{rank}.pt")
         torch.testing.assert_close(state, flatlora.lora_state_dict(model))
         assert exchanges == 10  # two per step
-
-
-if __name__ == "__main__":
-    one_rank(int(sys.argv[2]), sys.argv[1])

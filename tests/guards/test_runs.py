@@ -3,27 +3,30 @@
 Finished runs are kept. On a full disk or with bad files nothing is lost, and one line says what is wrong.
 """
 
-import argparse
+import itertools
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from running import TINY, base_of, ending, only, results, run
+from processes import CONTEXT, ended, started
+from running import BARE, TINY, base_of, ending, only, results, run
 
 import flatlora
 import train_gpt2
 
 LONG = [*TINY, "lora", "dropout", "flat", "sam", "full", "--grad-accum=2", "--pretrain-steps=8", "--steps=8"]
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has neither SIGKILL nor limits on a process")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train_gpt2.__file__).parent)}
 
 
 def outcome(out):
@@ -49,45 +52,76 @@ def whole(tmp_path_factory):
 
 
 # ---- Stopped and killed --------------------------------------------------------------------------------------
-CUT = """
-import os, pathlib, signal, sys, threading, train_gpt2
-place, number, count, delay = sys.argv[1], signal.Signals[sys.argv[2]], int(sys.argv[3]), float(sys.argv[4])
-owner, name = (pathlib.Path, "write_bytes") if place == "inside" else (os, "replace")
-real, calls = getattr(owner, name), []
-def cut(first, second):
-    calls.append(1)
-    if len(calls) == count and place == "inside":
-        real(first, bytes(second)[: len(second) // 2])
-        os.kill(os.getpid(), number)
-    elif len(calls) == count:
-        threading.Timer(delay, os.kill, (os.getpid(), number)).start()
-    return real(first, second)
-setattr(owner, name, cut)
-sys.argv[1:5], train_gpt2.CHECKPOINT_SECONDS = [], 0
-train_gpt2.main()
-"""
+def start(folder):
+    """LONG, which saves after each step, in a process of its own."""
+    os.chdir(folder)
+    sys.argv = ["train_gpt2.py", *LONG]
+    torch.set_num_threads(1)
+    train_gpt2.CHECKPOINT_SECONDS = 0
+    train_gpt2.main()
 
 
-def cut(folder, place, number, count):
-    """LONG in a process that a signal cuts inside a write, or soon after one: the steps that it saved."""
-    words = [sys.executable, "-c", CUT, place, number, str(count), str(random.uniform(0, 0.02)), *LONG]
-    done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
-    if number == "SIGINT":
-        assert (done.returncode, done.stderr.split("\n")[-2]) == (1, "train_gpt2.py: stopped; the same command goes on")
+def start_to_be_cut(folder, place, number, count):
+    """`start`, with a signal inside the write of that count, or soon after it."""
+    calls = itertools.count(1)
+    write = Path.write_bytes
+    replace = os.replace
+
+    def half_written(path, content):
+        if next(calls) == count:
+            half = bytes(content)[: len(content) // 2]
+            write(path, half)
+            os.kill(os.getpid(), number)
+        return write(path, content)
+
+    def replaced(source, target):
+        if next(calls) == count:
+            delay = random.uniform(0, 0.02)
+            threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+        return replace(source, target)
+
+    if place == "inside":
+        Path.write_bytes = half_written
     else:
-        assert done.returncode == -signal.Signals[number], done.stderr
-    assert not list((folder / "out").glob("results-*"))  # so it was cut
-    return sum(len(train_gpt2.load(path)["history"]["loss"]) for path in (folder / "out").glob("*-0-*.pt"))
+        os.replace = replaced
+    try:
+        start(folder)
+    except SystemExit as end:
+        Path(folder, "ending").write_text(str(end))
+        raise
 
 
-CUTS = [("inside", "SIGKILL", 4), ("inside", "SIGKILL", 54), ("after", "SIGKILL", 14)]  # the 54th is the results
-CUTS += [("after", "SIGINT", 19), ("after", "SIGTERM", 38)]
+def cut(folder, *where):
+    """LONG in a process that is cut: how the process ended, and how many steps it has saved."""
+    code = ended(started(start_to_be_cut, folder, *where))
+    out = folder / "out"
+    assert not list(out.glob("results-*"))  # so it was cut
+    saved = 0
+    for path in out.glob("*-0-*.pt"):
+        saved += len(train_gpt2.load(path)["history"]["loss"])
+    return code, saved
+
+
+CUTS = [
+    ("inside", "SIGKILL", 4),
+    ("inside", "SIGKILL", 54),  # the results
+    ("after", "SIGKILL", 14),
+    ("after", "SIGINT", 19),
+    ("after", "SIGTERM", 38),
+]
 
 
 @POSIX
-@pytest.mark.parametrize("place, number, count", CUTS)
-def test_the_same_command_goes_on_bit_for_bit(place, number, count, whole, tmp_path, capsys):
-    saved = cut(tmp_path, place, number, count)
+@pytest.mark.parametrize("place, name, count", CUTS)
+def test_the_same_command_goes_on_bit_for_bit(place, name, count, whole, tmp_path, capsys):
+    number = signal.Signals[name]
+    code, saved = cut(tmp_path, place, number, count)
+    if name == "SIGINT":
+        assert code == 1
+        line = Path(tmp_path, "ending").read_text()
+        assert line == "\ntrain_gpt2.py: stopped; the same command goes on"
+    else:
+        assert code == -number
     out = tmp_path / "out"
     torn = {path.name for path in out.glob(".writing-*")}
     assert len(torn) == 1 or place == "after"
@@ -96,21 +130,27 @@ def test_the_same_command_goes_on_bit_for_bit(place, number, count, whole, tmp_p
     capsys.readouterr()
     assert len(run(out, *LONG)) == 6 * 8 - saved  # no step is taken twice
     partly = saved % 8
-    assert (f"goes on from step {partly}\n" in capsys.readouterr().err) == (partly > 0)
+    said = re.findall(r"goes on from step (\d+)\n", capsys.readouterr().err)
+    assert said == ([str(partly)] if partly else [])
     *same, names = outcome(out)
     expected = outcome(whole)
     assert (*same, names - torn) == expected
 
 
-def test_ctrl_c_during_the_imports_ends_without_a_traceback():
-    code = "import os, signal, sys, types\n"
-    code += "class Finder:\n"
-    code += "    def find_spec(self, name, *rest):\n"
-    code += "        name == 'torch' and os.kill(os.getpid(), signal.SIGINT)\n"
-    code += (
-        f"sys.meta_path.insert(0, Finder())\nimport runpy\nrunpy.run_path({train_gpt2.__file__!r}, None, '__main__')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+INTERRUPTED_BY_TORCH = f"""
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+runpy.run_path({train_gpt2.__file__!r}, None, "__main__")
+"""
+
+
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path):
+    words = [sys.executable, "-c", INTERRUPTED_BY_TORCH]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.stderr == ""
     assert done.returncode == -signal.SIGINT
 
@@ -154,63 +194,62 @@ def test_the_name_of_a_run_depends_on_the_base(tmp_path):
     assert len(names) == 2
 
 
-TWICE = """
-import os, pathlib, time, train_gpt2
-pathlib.Path(f"ready-{os.getpid()}").touch()
-while len([*pathlib.Path().glob("ready-*")]) < 2:
-    time.sleep(0.001)
-train_gpt2.CHECKPOINT_SECONDS = 0
-train_gpt2.main()
-"""
+def start_together(folder, both):
+    both.wait()
+    start(folder)
 
 
 def test_the_same_command_twice_at_the_same_time(whole, tmp_path):
-    words = [sys.executable, "-c", TWICE, *LONG]
-    pair = [subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE) for _ in range(2)]
-    try:
-        errors = [process.communicate(timeout=100)[1] for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
-    assert [process.returncode for process in pair] == [0, 0], errors
+    both = CONTEXT.Barrier(2)
+    pair = [started(start_together, tmp_path, both) for _ in range(2)]
+    assert [ended(process) for process in pair] == [0, 0]
     assert outcome(tmp_path / "out") == outcome(whole)
-
-
-def test_two_ranks_are_one_process_with_both_noises_and_batches(tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
-    words += [train_gpt2.__file__, *TINY, "lora", "flat", "--grad-accum=2", "--lr=0.0015"]
-    for _ in range(2):  # gloo's threads may abort a process that ends, https://github.com/pytorch/pytorch/issues/179291
-        done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
-        if "terminate called without an active exception" not in done.stderr:
-            break
-    assert done.stdout.count("Means over the seeds") == done.stdout.count("Numbers: out") == 1, done.stderr  # of rank 0
-
-    out = tmp_path / "out"
-    args = argparse.Namespace(init=None, data=None, text=None, ood=None, block_size=16)
-    model = base_of(out).train()
-    data = train_gpt2.load_data(args, model.config, None)["train"]
-    torch.manual_seed(0)
-    parameters = flatlora.lora_parameters(flatlora.inject_lora(model, 2, 32, targets=train_gpt2.TARGETS))
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0)
-    for step in range(3):
-        optimizer.param_groups[0]["lr"] = train_gpt2.learning_rate(step, 3, 0.0015)
-        optimizer.zero_grad()
-        for rank in (0, 1):
-            with flatlora.perturbed(model, flatlora.sigma_at(step, 3, 0.2), (0, step, rank)):
-                for text in drawn(data, step, rank):
-                    (F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten()) / 4).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-    saved = train_gpt2.load(only(out, "flat-0-*.pt"))["trained"]
-    torch.testing.assert_close(saved, train_gpt2.trained(model), rtol=1e-3, atol=2e-6)  # Adam enlarges rounding
 
 
 def drawn(data, step, rank):
     """The two micro-batches of two windows, each (2, 17)."""
-    import numpy as np
+    rng = np.random.default_rng([0, step, rank])
+    starts = rng.integers(len(data) - 16, size=(2, 2))
+    texts = []
+    for places in starts:
+        windows = [data[i : i + 17] for i in places]
+        texts.append(torch.stack(windows).long())
+    return texts
 
-    starts = np.random.default_rng([0, step, rank]).integers(len(data) - 16, size=(2, 2))
-    return [torch.stack([data[i : i + 17] for i in places]).long() for places in starts]
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+
+
+def test_two_ranks_are_one_process_with_both_noises_and_batches(tmp_path):
+    words = [*TORCHRUN, train_gpt2.__file__, *TINY, "lora", "flat", "--grad-accum=2", "--lr=0.0015"]
+    for _ in range(2):  # gloo's threads may abort a process that ends, https://github.com/pytorch/pytorch/issues/179291
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        if "terminate called without an active exception" not in done.stderr:
+            break
+    for once in ("Means over the seeds", "Numbers: out"):  # of rank 0
+        assert done.stdout.count(once) == 1, done.stderr
+
+    out = tmp_path / "out"
+    model = base_of(out).train()
+    data = train_gpt2.load_data(BARE, model.config, None)["train"]
+    torch.manual_seed(0)
+    flatlora.inject_lora(model, 2, 32, targets=train_gpt2.TARGETS)
+    parameters = flatlora.lora_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = train_gpt2.learning_rate(step, 3, 0.0015)
+        optimizer.zero_grad()
+        sigma = flatlora.sigma_at(step, 3, 0.2)
+        for rank in (0, 1):
+            with flatlora.perturbed(model, sigma, (0, step, rank)):
+                for text in drawn(data, step, rank):
+                    logits = model(text[:, :-1]).flatten(0, 1)
+                    loss = F.cross_entropy(logits, text[:, 1:].flatten())
+                    (loss / 4).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    saved = train_gpt2.load(only(out, "flat-0-*.pt"))["trained"]
+    torch.testing.assert_close(saved, train_gpt2.trained(model), rtol=1e-3, atol=2e-6)  # Adam enlarges rounding
 
 
 # ---- Full disks and bad files --------------------------------------------------------------------------------
@@ -233,25 +272,51 @@ def test_a_full_disk_loses_no_earlier_result(out):
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 
-WRONG = [{"base": 5}, {"base": "nowhere.pt"}, {"recipe": {}}, {"recipe": None}, {"config": {}}, {"result": {}}]
-WRONG += [{"trained": {}}, {"trained": None}, {"trained": {"x": torch.ones(1)}}]
+WRONG = [
+    {"base": 5},
+    {"base": "nowhere.pt"},
+    {"recipe": {}},
+    {"recipe": None},
+    {"config": {}},
+    {"result": {}},
+    {"trained": {}},
+    {"trained": None},
+    {"trained": {"x": torch.ones(1)}},
+]
+
+
+def damaged(content):
+    """Cut anywhere, random bytes, and a pickle of something else."""
+    rng = random.Random(0)
+    for n in range(10):
+        yield content[: rng.randrange(len(content))]
+        yield rng.randbytes(n * n)
+    for other in (None, {}, {"base": 1}, [1, 2]):
+        yield pickle.dumps(other)
+
+
+def check_named(flat, out):
+    """To sample from the file `flat` ends in a line that names it."""
+    line = ending(out, "--sample", flat)
+    assert f"{flat.name} cannot be used: " in line
+    assert "weights_only" not in line  # torch's advice to load it unsafely
 
 
 @pytest.mark.parametrize("name", ["flat-*.pt", "base-*.pt"])
 def test_a_damaged_file_is_named(name, out):
     flat = only(out, "flat-*.pt")
     victim = only(out, name)
-    content = victim.read_bytes()
-    rng = random.Random(0)
-    cases = [content[: rng.randrange(len(content))] for _ in range(10)] + [rng.randbytes(n * n) for n in range(10)]
-    for change in WRONG:
-        torch.save(train_gpt2.load(flat) | change, out / "other")
-        cases += [(out / "other").read_bytes()] * (name == "flat-*.pt")
-    for case in [*cases, *map(pickle.dumps, (None, {}, {"base": 1}, [1, 2]))]:
+    for case in damaged(victim.read_bytes()):
         victim.write_bytes(case)
-        line = ending(out, "--sample", flat)
-        assert f"{flat.name} cannot be used: " in line
-        assert "weights_only" not in line  # torch's advice to load it unsafely
+        check_named(flat, out)
+
+
+def test_a_file_with_wrong_content_is_named(out):
+    flat = only(out, "flat-*.pt")
+    content = train_gpt2.load(flat)
+    for change in WRONG:
+        torch.save(content | change, flat)
+        check_named(flat, out)
 
 
 class Hostile:
@@ -264,9 +329,10 @@ class Hostile:
 @pytest.mark.parametrize("name", ["flat-*.pt", "base-*.pt"])
 def test_a_file_that_would_run_code_does_not(name, out, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    flat = only(out, "flat-*.pt")
     victim = only(out, name)
     torch.save({"base": Hostile()}, victim)
-    for words in (["--sample", only(out, "flat-*.pt")], LONG):
+    for words in (["--sample", flat], LONG):
         line = ending(out, *words)
         assert f"{victim.name} cannot be used: " in line
         assert "it is damaged, or holds more than tensors" in line

@@ -1,11 +1,11 @@
 """train_gpt2.py: it is what -h says, reads the data that it is given, compares like with like, prints what it wrote."""
 
-import argparse
 import ast
-import importlib
+import email
 import io
 import math
 import pickle
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from running import TINY, base_of, ending, only, results, run
+from running import BARE, PRETRAINING, TINY, base_of, ending, only, results, run
 from tqdm import tqdm
 
 import flatlora
@@ -25,17 +25,20 @@ import train_gpt2
 def test_arrows_point_one_way(file):
     """What is imported before a run; libraries of an extra are imported where they are used."""
     text = Path(train_gpt2.__file__).with_name(file).read_text("utf-8")
-    nodes = []
-    for node in ast.parse(text).body:
-        nodes += node.body if isinstance(node, ast.Try) else [node]  # Ctrl-C during the imports is caught
+    nodes = ast.parse(text).body
+    for node in list(nodes):
+        if isinstance(node, ast.Try):  # Ctrl-C during the imports is caught
+            nodes += node.body
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.partition(".")[0])
-    names -= sys.stdlib_module_names | {"numpy", "tqdm"}
-    assert names == ({"torch"} if file == "flatlora.py" else {"torch", "flatlora"})
+            names.add(node.module)
+    packages = {name.partition(".")[0] for name in names}
+    packages -= sys.stdlib_module_names | {"numpy", "tqdm", "flatlora"}
+    assert packages == {"torch"}
+    assert ("flatlora" in names) == (file != "flatlora.py")
 
 
 def test_help_fits_two_screens_and_shows_every_option(monkeypatch, capsys, tmp_path):
@@ -43,7 +46,8 @@ def test_help_fits_two_screens_and_shows_every_option(monkeypatch, capsys, tmp_p
     with pytest.raises(SystemExit):
         run(tmp_path, "-h")
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("  -") for line in lines) == 30
+    options = [line for line in lines if line.startswith("  -")]
+    assert len(options) == 30
     assert len(lines) <= 100
     assert max(map(len, lines)) <= 80
 
@@ -81,11 +85,12 @@ def write_inputs():
     Path("SHORT").write_bytes(b"x" * 40)
     Path("EMPTY").write_bytes(b"")
     text = np.frombuffer(b"some text of a few words" * 20, np.uint8)
+    characters = text % 65
     inputs = {
         "BINS": np.arange(40, 340, dtype=np.uint16).tobytes(),
         "ODD": b"x" * 301,
         "META": text.astype(np.uint16).tobytes(),
-        "CHARACTERS": (text % 65).astype(np.uint16).tobytes() + bytes(50),
+        "CHARACTERS": characters.astype(np.uint16).tobytes() + bytes(50),
         "UINT32": text.astype(np.uint32).tobytes(),
     }
     for folder, content in inputs.items():
@@ -106,7 +111,9 @@ def test_a_wrong_option_ends_in_one_line_before_the_first_step(words, monkeypatc
     with pytest.raises(SystemExit) as end:
         run("out", *TINY, "flat", *words.split())
     printed = capsys.readouterr()
-    line = printed.err.splitlines()[-1] if end.value.code == 2 else end.value.code
+    line = end.value.code
+    if line == 2:  # argparse's own error
+        line = printed.err.splitlines()[-1]
     assert line.startswith("train_gpt2.py: ")
     assert WRONG[words] in line
     assert "\n" not in line
@@ -119,24 +126,35 @@ def test_a_size_that_no_memory_holds_ends_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])
 def test_a_stream_shows_what_it_can_after_the_results_are_written(encoding, monkeypatch, tmp_path):
+    out = tmp_path / "ü☃"
+
     class Stream(io.BytesIO):
         def write(self, content):
-            assert list((tmp_path / "ü☃").glob("results-*"))
+            assert list(out.glob("results-*"))
             return super().write(content)
 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Stream(), encoding))
-    run(tmp_path / "ü☃", *TINY, "lora")
-    run(tmp_path, "--sample", only(tmp_path / "ü☃", "lora-*.pt"), "--prompt", "☃", "--length=1")
+    run(out, *TINY, "lora")
+    run(tmp_path, "--sample", only(out, "lora-*.pt"), "--prompt", "☃", "--length=1")
     sys.stdout.flush()
-    assert "ü☃/results".encode(encoding, "replace") in sys.stdout.buffer.getvalue()
+    shown = sys.stdout.buffer.getvalue()
+    assert "ü☃/results".encode(encoding, "replace") in shown
 
 
 # ---- Like with like ------------------------------------------------------------------------------------------
-METHODS = {"lora": "flat_lora_step", "dropout": "flat_lora_step", "flat": "flat_lora_step"}
-METHODS |= {"sam": "sam_step", "full": "plain_step"}
+METHODS = {  # and what takes their steps
+    "lora": "flat_lora_step",
+    "dropout": "flat_lora_step",
+    "flat": "flat_lora_step",
+    "sam": "sam_step",
+    "full": "plain_step",
+}
 
 
-def test_methods_share_adapters_and_data_and_never_write_the_base(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The folder of one TINY run of each method, its steps by method, and the bases of the pre-training and of each."""
+    out = tmp_path_factory.mktemp("compared")
     bases = []
     train = train_gpt2.train
 
@@ -144,45 +162,74 @@ def test_methods_share_adapters_and_data_and_never_write_the_base(monkeypatch, t
         bases.append(base)
         return train(base, *rest)
 
-    monkeypatch.setattr(train_gpt2, "train", recorded)
-    steps = run(tmp_path, *TINY, *METHODS)[2:]  # without those of the pre-training
-    assert [name for name, *_ in steps[::3]] == list(METHODS.values())
-    first = steps[0]
-    for i in range(0, 15, 3):
-        _, before, batches, _ = steps[i]
-        assert all(map(torch.equal, batches[0], first[2][0]))
-        if i < 12:
-            assert before.keys() == first[1].keys()
-            assert all(torch.equal(p, first[1][name]) for name, p in before.items())
-    assert not torch.equal(steps[0][2][0][0], steps[1][2][0][0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt2, "train", recorded)
+        steps = run(out, *TINY, *METHODS)[PRETRAINING:]
 
-    sigmas = [[settings[0] for _, _, _, settings in steps[i : i + 3]] for i in (0, 3, 6)]
-    growing = [pytest.approx(0.1 * (1 - math.cos(math.pi * t / 3))) for t in range(3)]
-    assert sigmas == [[0, 0, 0], [0, 0, 0], growing]
-    assert steps[9][3] == (0.2, 1.0)  # rho, max_grad_norm
-    assert bases[1] is bases[-1]
-    assert all(map(torch.equal, bases[1].parameters(), base_of(tmp_path).parameters()))
+    by = {}
+    for i, method in enumerate(METHODS):
+        by[method] = steps[3 * i : 3 * i + 3]
+    return out, by, bases
+
+
+def test_methods_share_adapters_and_windows(compared):
+    _, steps, _ = compared
+    first = steps["lora"][0]
+    for method, function in METHODS.items():
+        assert [step.function for step in steps[method]] == [function] * 3
+        for step, of_lora in zip(steps[method], steps["lora"]):
+            assert_same(step.batches, of_lora.batches)
+        if method != "full":
+            assert_same(steps[method][0].before, first.before)
+    with pytest.raises(AssertionError):
+        assert_same(steps["lora"][1].batches, first.batches)
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_methods_differ_in_their_settings(compared):
+    _, steps, _ = compared
+    for method in ("lora", "dropout"):
+        assert [step.settings[0] for step in steps[method]] == [0, 0, 0]
+    sigmas = [step.settings[0] for step in steps["flat"]]
+    expected = [0, 0.1 * (1 - math.cos(math.pi / 3)), 0.1 * (1 - math.cos(2 * math.pi / 3))]
+    assert sigmas == pytest.approx(expected)
+    assert steps["sam"][0].settings == (0.2, 1.0)  # rho, max_grad_norm
+
+
+def test_no_method_writes_the_base(compared):
+    out, _, bases = compared
+    base = bases[1]
+    assert bases[-1] is base
+    assert all(map(torch.equal, base.parameters(), base_of(out).parameters()))
 
 
 def slow_run(base, data, method, seed, recipe):
     """What `train` does, as plainly as it can be said: one micro-batch per step."""
+    dropout = recipe.lora_dropout if method == "dropout" else 0
+    sigma = recipe.sigma if method == "flat" else 0
     torch.manual_seed(seed)
-    rate = recipe.lora_dropout if method == "dropout" else 0
-    model = flatlora.inject_lora(base, recipe.r, recipe.alpha, rate, train_gpt2.TARGETS).train()
+    model = flatlora.inject_lora(base, recipe.r, recipe.alpha, dropout, train_gpt2.TARGETS).train()
     parameters = flatlora.lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
     for step in range(recipe.steps):
         draw = np.random.default_rng([seed, step, 0])
         (starts,) = draw.integers(len(data) - 16, size=(1, recipe.batch_size))
         torch.manual_seed(int(draw.integers(2**63)))
-        text = torch.stack([data[i : i + 17] for i in starts]).long()
+        text = torch.stack([data[i : i + 17] for i in starts]).long()  # (B, T + 1)
+        targets = text[:, 1:].flatten()
         optimizer.param_groups[0]["lr"] = train_gpt2.learning_rate(step, recipe.steps, recipe.lr)
+
+        growth = 1.0
+        if recipe.schedule == "cosine":
+            growth = (1 - math.cos(math.pi * step / recipe.steps)) / 2
         optimizer.zero_grad()
-        grow = 1.0 if recipe.schedule == "constant" else (1 - math.cos(math.pi * step / recipe.steps)) / 2
-        with flatlora.perturbed(model, recipe.sigma * grow if method == "flat" else 0, (seed, step, 0)):
+        with flatlora.perturbed(model, sigma * growth, (seed, step, 0)):
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-                logits = model(text[:, :-1])
-            F.cross_entropy(logits.float().flatten(0, 1), text[:, 1:].flatten()).backward()
+                logits = model(text[:, :-1])  # (B, T, vocab_size)
+            F.cross_entropy(logits.float().flatten(0, 1), targets).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     return model
@@ -193,7 +240,7 @@ CHANGES = [{}, {"weight_decay": 5.0}, {"schedule": "constant"}, {"dtype": "bfloa
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 @pytest.mark.parametrize("method", ["dropout", "flat"])
-def test_a_run_is_that_of_the_slow_loop(method, change, monkeypatch, tmp_path):
+def test_a_run_is_that_of_the_slow_loop(method, change, tmp_path):
     """Windows, dropout and noise of each step, the clipping and every setting: another step gives other weights."""
     settings = {"steps": 4, "lr": 0.05, "batch_size": 2, "block_size": 16, "r": 2, "sigma": 2.0, "lora_dropout": 0.5}
     recipe = train_gpt2.Recipe(**(settings | change))
@@ -207,9 +254,11 @@ def test_a_run_is_that_of_the_slow_loop(method, change, monkeypatch, tmp_path):
         file = tmp_path / f"{seed}.pt"
         model, _ = train_gpt2.train(base, method, data, recipe, seed, file, tqdm(disable=True))
         weights.append(train_gpt2.trained(model))
+
     slow = slow_run(base, data, method, 1, recipe)
     torch.testing.assert_close(weights[1], train_gpt2.trained(slow), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(*(w["transformer.h.0.attn.c_attn.lora_A"] for w in weights))
+    A = "transformer.h.0.attn.c_attn.lora_A"
+    assert not torch.allclose(weights[0][A], weights[1][A])
 
 
 def test_a_plain_step_takes_the_mean_gradient_clips_it_and_refuses_what_is_not_finite():
@@ -219,19 +268,26 @@ def test_a_plain_step_takes_the_mean_gradient_clips_it_and_refuses_what_is_not_f
     model = torch.nn.Linear(4, 1, bias=False)
     before = model.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    loss = train_gpt2.plain_step(model, mean, [torch.ones(1, 4), 3 * torch.ones(1, 4)], optimizer)
+    ones = torch.ones(1, 4)
+    loss = train_gpt2.plain_step(model, mean, [ones, 3 * ones], optimizer)
     assert loss == pytest.approx(2 * before.sum().item(), rel=1e-5)
     moved = before - model.weight.detach()  # the gradient is (2, 2, 2, 2), of length 4
     torch.testing.assert_close(moved, torch.full((1, 4), 0.5), rtol=1e-4, atol=1e-5)
     with pytest.raises(FloatingPointError, match="not finite"):
-        train_gpt2.plain_step(model, mean, [torch.full((1, 4), math.inf)], optimizer)
+        train_gpt2.plain_step(model, mean, [math.inf * ones], optimizer)
 
 
 def test_seeds_draw_their_own_windows_and_noise(tmp_path):
-    steps = run(tmp_path, *TINY, "flat", "--seeds=2")[2:]
-    texts = [torch.stack(batches[0]) for _, _, batches, _ in steps]
-    assert len({text.numpy().tobytes() for text in texts}) == 6
-    assert [settings[1] for *_, settings in steps] == [(seed, step, 0) for seed in (0, 1) for step in range(3)]
+    steps = run(tmp_path, *TINY, "flat", "--seeds=2")[PRETRAINING:]
+    texts = set()
+    for step in steps:
+        tokens, _ = step.batches[0]
+        texts.add(tokens.numpy().tobytes())
+    assert len(texts) == 6
+    seeds = [step.settings[1] for step in steps]
+    of_first = [(0, 0, 0), (0, 1, 0), (0, 2, 0)]  # (seed, step, rank)
+    of_second = [(1, 0, 0), (1, 1, 0), (1, 2, 0)]
+    assert seeds == of_first + of_second
 
 
 def test_c_proj_starts_smaller():
@@ -246,9 +302,8 @@ def test_c_proj_starts_smaller():
 
 def test_the_saved_run_is_that_of_its_seed(tmp_path):
     run(tmp_path, *TINY, "flat", "--seeds=2")
-    data = argparse.Namespace(init=None, data=None, text=None, ood=None, block_size=16)
     base = base_of(tmp_path)
-    texts = train_gpt2.load_data(data, base.config, None)
+    texts = train_gpt2.load_data(BARE, base.config, None)
     for seed in (0, 1):
         content = train_gpt2.load(only(tmp_path, f"flat-{seed}-*.pt"))
         model = train_gpt2.restored(base, content)
@@ -256,16 +311,22 @@ def test_the_saved_run_is_that_of_its_seed(tmp_path):
         assert found == {key: content["result"][key] for key in found}
 
 
-def test_sharpness_is_of_the_training_text_at_a_tenth(tmp_path):
-    run(tmp_path, *TINY, "flat")
-    content = train_gpt2.load(only(tmp_path, "flat-0-*.pt"))
-    model = train_gpt2.restored(base_of(tmp_path), content)
-    args = argparse.Namespace(init=None, data=None, text=None, ood=None, block_size=16)
-    data = train_gpt2.load_data(args, model.config, None)["train"]
-    starts = range(0, len(data) - 16, 16)
-    starts = starts[:: -(-len(starts) // 4)]  # four windows, evenly spread
+def four_places(data):
+    """At most four windows of 16, evenly spread, in whole batches of two."""
+    every = range(0, len(data) - 16, 16)
+    stride = math.ceil(len(every) / 4)
+    starts = every[::stride]
+    return starts[: len(starts) // 2 * 2]
+
+
+def test_sharpness_is_of_the_training_text_at_a_tenth(compared):
+    out, _, _ = compared
+    content = train_gpt2.load(only(out, "flat-0-*.pt"))
+    model = train_gpt2.restored(base_of(out), content)
+    data = train_gpt2.load_data(BARE, model.config, None)["train"]
+    a, b, c, d = four_places(data)
     batches = []
-    for pair in (starts[:2], starts[2:4]):
+    for pair in ((a, b), (c, d)):
         text = torch.stack([data[i : i + 17] for i in pair]).long()
         batches.append((text[:, :-1], text[:, 1:]))
     expected = flatlora.sharpness(model, train_gpt2.loss_fn, batches, sigma=0.1, samples=4, seed=0)
@@ -273,35 +334,77 @@ def test_sharpness_is_of_the_training_text_at_a_tenth(tmp_path):
 
 
 # ---- What is printed -----------------------------------------------------------------------------------------
-def test_each_printed_cell_is_in_the_json(capsys, tmp_path):
-    run(tmp_path, *TINY, *METHODS, "--seeds=2")
-    text = capsys.readouterr().out
-    runs = results(tmp_path)["runs"]
-    assert text.startswith(results(tmp_path)["report"])
-    assert [(r["seed"], r["method"]) for r in runs] == [(0, "base"), *((seed, m) for seed in (0, 1) for m in METHODS)]
-    keys = ["val_loss", "test_loss", "ood_loss", "sharpness", "passes", "ms"]
-    by = {m: [r for r in runs if r["method"] == m] for m in ["base", *METHODS]}
-    _, means, differences, _, *_ = text.split("\n\n")
-    for line, method in zip(means.splitlines()[2:], by, strict=True):
-        cells = train_gpt2.mean_row(method, by[method], keys)
-        assert line.split() == cells
-        values = [r["test_loss"] for r in by[method]]
-        assert cells[2] == f"{np.mean(values):.3f}"
-    heading = next(i for i, line in enumerate(differences.splitlines()) if line.startswith("---"))
-    lines = differences.splitlines()[heading + 1 :]
-    assert lines[0].split() == ["lora", *train_gpt2.mean_row("lora", by["lora"], keys[:4])[1:]]
-    for line, method in zip(lines[1:], [*METHODS][1:], strict=True):
-        gaps = [a["test_loss"] - b["test_loss"] for a, b in zip(by[method], by["lora"])]
+KEYS = ["val_loss", "test_loss", "ood_loss", "sharpness", "passes", "ms"]
+
+
+@pytest.fixture(scope="module")
+def printed(compared, tmp_path_factory):
+    """What two seeds of each method print, and their results, of which the first seed is that of `compared`."""
+    out = tmp_path_factory.mktemp("printed") / "out"
+    shutil.copytree(compared[0], out)
+    only(out, "results-*").unlink()
+    stream = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        run(out, *TINY, *METHODS, "--seeds=2")
+    return stream.getvalue(), results(out)
+
+
+def by_method(runs):
+    by = {}
+    for each in runs:
+        by.setdefault(each["method"], []).append(each)
+    return by
+
+
+def test_results_are_in_the_order_of_the_runs(printed):
+    _, found = printed
+    order = [(each["seed"], each["method"]) for each in found["runs"]]
+    assert order == [(0, "base"), *((0, m) for m in METHODS), *((1, m) for m in METHODS)]
+
+
+def test_the_printed_report_is_in_the_json(printed):
+    text, found = printed
+    assert text.startswith(found["report"])
+    words = " ".join(text.split())
+    assert "n = 2: seeds 0 to 1, methods untuned" in words
+    assert "base writes:" in text
+    assert "flat writes:" in text
+    assert max(map(len, found["report"].splitlines())) <= 80
+
+
+def test_each_printed_mean_is_in_the_json(printed):
+    text, found = printed
+    by = by_method(found["runs"])
+    means = text.split("\n\n")[1]
+    for line, method in zip(means.splitlines()[2:], ["base", *METHODS], strict=True):
+        cells = line.split()
+        assert cells == train_gpt2.mean_row(method, by[method], KEYS)
+        losses = [each["test_loss"] for each in by[method]]
+        assert cells[2] == f"{np.mean(losses):.3f}"
+
+
+def test_each_printed_difference_is_in_the_json(printed):
+    text, found = printed
+    by = by_method(found["runs"])
+    differences = text.split("\n\n")[2]
+    _, _, table = differences.partition("---")
+    _, of_lora, *others = table.splitlines()
+    assert of_lora.split() == train_gpt2.mean_row("lora", by["lora"], KEYS[:4])
+    for line, method in zip(others, ["dropout", "flat", "sam", "full"], strict=True):
+        gaps = []
+        for own, lora in zip(by[method], by["lora"]):
+            gaps.append(own["test_loss"] - lora["test_loss"])
         half = 12.706 * statistics.stdev(gaps) / math.sqrt(2)  # Student's t of two values
         assert train_gpt2.plus_minus(np.mean(gaps), half, 3) in line
-    assert "n = 2: seeds 0 to 1, methods untuned" in " ".join(differences.split())
-    assert "base writes:" in text and "flat writes:" in text
-    assert max(map(len, results(tmp_path)["report"].splitlines())) <= 80
 
 
 def synthetic(method, losses):
-    same = {"val_loss": 10.0, "ood_loss": 10.0, "sharpness": 0.1, "passes": 1, "ms": 1_234_567.8}
-    return [{"method": method, "seed": i, **same, "test_loss": loss} for i, loss in enumerate(losses)]
+    same = {"method": method, "val_loss": 10.0, "ood_loss": 10.0, "sharpness": 0.1, "passes": 1, "ms": 1_234_567.8}
+    runs = []
+    for seed, loss in enumerate(losses):
+        runs.append(same | {"seed": seed, "test_loss": loss})
+    return runs
 
 
 LORA = synthetic("lora", [10.0, 20.0, 30.0])
@@ -335,59 +438,97 @@ def test_no_width_is_rounded_to_zero():
     assert train_gpt2.plus_minus(-0.004, 0.012, 3) == "-0.004 +-0.012"
 
 
-@pytest.mark.parametrize("n, t", [(2, 12.706), (3, 4.303), (10, 2.262), (16, 2.131), (40, 2.131)])
-def test_intervals_are_students(n, t):
+STUDENT = {2: 12.706, 3: 4.303, 10: 2.262, 16: 2.131, 40: 2.131}
+
+
+@pytest.mark.parametrize("n", STUDENT)
+def test_intervals_are_students(n):
     values = [0.0] * (n - 1) + [1.0]
     mean, half = train_gpt2.interval(values)
     assert mean == pytest.approx(1 / n)
-    assert half == pytest.approx(t * statistics.stdev(values) / math.sqrt(n))
+    error = statistics.stdev(values) / math.sqrt(n)
+    assert half == pytest.approx(STUDENT[n] * error)
 
 
 def test_the_curve_falls_with_the_loss():
-    assert train_gpt2.curve(np.linspace(3, 1, 200).tolist())[0] in "█7"
-    assert train_gpt2.curve(np.linspace(3, 1, 200).tolist())[-1] in "▁0"
+    losses = np.linspace(3, 1, 200).tolist()
+    curve = train_gpt2.curve(losses)
+    assert curve[0] in "█7"
+    assert curve[-1] in "▁0"
 
 
 # ---- Data and text -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("given", ["text", "texts", "data"])
-def test_the_given_data_is_used(given, monkeypatch, tmp_path):
-    """Every training window lies in the training part, and the base's losses are those of the other parts."""
-    monkeypatch.chdir(tmp_path)
-    files = [np.random.default_rng(k).integers(50 * k + 10, 50 * k + 60, 500, dtype=np.uint8) for k in range(4)]
-    for i, content in enumerate(files):
-        Path(f"{i}").write_bytes(content.tobytes())
-        Path(f"{['train', 'val', '', ''][i]}.bin").write_bytes(content.astype(np.uint16).tobytes())
-    words = {"text": ["--text", 0], "texts": ["--text", 0, 1, 2], "data": ["--data", tmp_path]}[given]
-    steps = run("out", *TINY, "lora", "--ood", 3, *words)[2:]  # without those of the pre-training
+def test_each_text_is_split_into_three_fifths_one_and_one():
+    parts = train_gpt2.split([b"aaabc", b"AAABC"])
+    assert parts == {"train": b"aaaAAA", "val": b"bB", "test": b"cC"}
 
-    used = files[: 3 if given == "texts" else 1]
-    parts = {"train": (0, 300), "val": (300, 400), "test": (400, 500)}
-    parts = {name: np.concatenate([file[a:b] for file in used]) for name, (a, b) in parts.items()}
-    if given == "data":
-        parts = {"train": files[0], "val": files[1][:250], "test": files[1][250:]}
-    for _, _, batches, _ in steps:
-        for x, y in zip(*batches[0]):
-            assert bytes([*x, y[-1]]) in parts["train"].tobytes()
+
+@pytest.fixture
+def files(monkeypatch, tmp_path):
+    """Four texts of 500 bytes each, which share few of them; the first two are train.bin and val.bin, too."""
+    monkeypatch.chdir(tmp_path)
+    files = []
+    for k in range(4):
+        rng = np.random.default_rng(k)
+        content = rng.integers(50 * k + 10, 50 * k + 60, 500, dtype=np.uint8)
+        Path(f"{k}").write_bytes(content.tobytes())
+        files.append(content)
+    for name, content in zip(["train.bin", "val.bin"], files):
+        Path(name).write_bytes(content.astype(np.uint16).tobytes())
+    return files
+
+
+def check_parts(steps, train, **others):
+    """Every training window lies in `train`, and the base's losses are those of the other parts."""
+    for step in steps[PRETRAINING:]:
+        for x, y in zip(*step.batches[0]):
+            assert bytes([*x, y[-1]]) in train.tobytes()
             assert torch.equal(x[1:], y[:-1])
 
-    for name, ids in {"val": parts["val"], "test": parts["test"], "ood": files[3]}.items():
-        ids = torch.tensor(ids).long()
-        starts = range(0, len(ids) - 16, 16)
-        starts = starts[:: -(-len(starts) // 4)]  # four windows at most, evenly spread
+    base = base_of("out")
+    found = results("out")["runs"][0]
+    for name, part in others.items():
+        ids = torch.tensor(part).long()
         losses = []
-        for i in starts[: len(starts) // 2 * 2]:  # in whole batches of two
-            logits = base_of("out")(ids[None, i : i + 16])[0]
+        for i in four_places(ids):
+            logits = base(ids[None, i : i + 16])[0]
             losses.append(F.cross_entropy(logits, ids[i + 1 : i + 17]).item())
-        assert results("out")["runs"][0][f"{name}_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+        assert found[f"{name}_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_a_given_text_is_split_in_three(files):
+    steps = run("out", *TINY, "lora", "--ood", 3, "--text", 0)
+    text = files[0]
+    check_parts(steps, text[:300], val=text[300:400], test=text[400:], ood=files[3])
+
+
+def test_each_of_several_texts_is_split_in_three(files):
+    steps = run("out", *TINY, "lora", "--ood", 3, "--text", 0, 1, 2)
+    texts = np.stack(files[:3])  # (3, 500)
+    train, val, test = np.split(texts, [300, 400], axis=1)
+    check_parts(steps, train.flatten(), val=val.flatten(), test=test.flatten(), ood=files[3])
+
+
+def test_given_tokens_are_used(files):
+    steps = run("out", *TINY, "lora", "--ood", 3, "--data", ".")
+    train, val, _, ood = files
+    check_parts(steps, train, val=val[:250], test=val[250:], ood=ood)
 
 
 def test_the_test_of_the_bare_run_hangs_on_no_file_and_is_not_in_train():
-    args = argparse.Namespace(init=None, data=None, text=None, ood=None, block_size=64)
-    data = train_gpt2.load_data(args, train_gpt2.GPTConfig(1, 1, 16, 64), None)
-    train, test = (bytes(data[name].tolist()) for name in ("train", "test"))
-    assert not [i for i in range(0, len(test) - 64, 64) if test[i : i + 65] in train]
-    sources = [p.read_bytes() for p in Path(importlib.import_module("email").__path__[0]).glob("*.py")]
-    shares = sorted(np.mean([test[i : i + 16] in source for i in range(0, len(test), 16)]) for source in sources)
+    data = train_gpt2.load_data(BARE, train_gpt2.GPTConfig(1, 1, 16, 64), None)
+    train = bytes(data["train"].tolist())
+    test = bytes(data["test"].tolist())
+    for i in range(0, len(test) - 64, 64):
+        assert test[i : i + 65] not in train
+
+    folder = Path(email.__file__).parent
+    pieces = [test[i : i + 16] for i in range(0, len(test), 16)]
+    shares = []
+    for path in folder.glob("*.py"):
+        source = path.read_bytes()
+        shares.append(np.mean([piece in source for piece in pieces]))
+    shares.sort()
     assert shares[-1] <= 0.2
     assert shares[-10] > 0.01
 
@@ -398,14 +539,17 @@ ENCODINGS = {"utf-16": "byte 0xff in position 0", "latin-1": "byte 0xe9 in posit
 def test_a_byte_order_mark_is_dropped_and_another_encoding_named_with_its_place(tmp_path):
     path = tmp_path / "text"
     path.write_text("\ufeffJosé", "utf-8")
-    assert train_gpt2.read_files([path]) == train_gpt2.read_files([path], utf8=True) == ["José".encode()]
+    for utf8 in (False, True):
+        assert train_gpt2.read_files([path], utf8) == ["José".encode()]
     for encoding, place in ENCODINGS.items():
-        path.write_text("Jose" if encoding == "utf-16-le" else "José", encoding)
+        text = "Jose" if encoding == "utf-16-le" else "José"
+        path.write_text(text, encoding)
         with pytest.raises(ValueError, match=f"(?i)text cannot be used: .*utf-8.* {place}"):
             train_gpt2.read_files([path], utf8=True)
 
 
 def test_learning_rate_by_hand():
-    rates = [train_gpt2.learning_rate(step, 20, 1.0) for step in (0, 1, 2, 11, 20)]  # a warm-up of two steps
-    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 0.55, 0.1])
+    by_hand = {0: 1 / 3, 1: 2 / 3, 2: 1.0, 11: 0.55, 20: 0.1}  # a warm-up of two steps
+    for step, rate in by_hand.items():
+        assert train_gpt2.learning_rate(step, 20, 1.0) == pytest.approx(rate)
     assert train_gpt2.learning_rate(99, 5000, 1.0) == pytest.approx(100 / 101)  # of at most a hundred

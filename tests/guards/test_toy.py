@@ -142,10 +142,39 @@ def test_sam_on_merged_refuses_half_precision(dtype):
     assert bytes_of(model) == before
 
 
-def test_sam_on_merged_refuses_what_is_not_a_number():
+def test_sam_on_merged_stands_still_where_the_gradient_is_zero():
     model = adapted()
-    with pytest.raises(ValueError, match="rho must be a finite number >= 0, got nan"):
-        train_toy.sam_on_merged_step(model, train_toy.loss_fn, two_batches(), sgd(model), math.nan)
+    before = bytes_of(model)
+
+    def level(model, batch):
+        return 0 * train_toy.loss_fn(model, batch)
+
+    train_toy.sam_on_merged_step(model, level, two_batches(), sgd(model), 0.3)
+    assert bytes_of(model) == before
+
+
+def test_sam_on_merged_leaves_an_unused_layer_alone():
+    model = adapted()
+    first, *unused = layers_of(model)
+    before = [bytes_of(layer) for layer in unused]
+
+    def loss_of_the_first_layer(model, batch):
+        x, _ = batch
+        return first(x).square().mean()
+
+    train_toy.sam_on_merged_step(model, loss_of_the_first_layer, two_batches(), sgd(model), 0.3)
+    assert [bytes_of(layer) for layer in unused] == before
+
+
+@pytest.mark.parametrize("rho", [-0.1, math.inf, math.nan])
+def test_sam_on_merged_refuses_a_wrong_rho(rho):
+    model = adapted()
+    with pytest.raises(ValueError, match=f"rho must be a finite number >= 0, got {rho}"):
+        train_toy.sam_on_merged_step(model, train_toy.loss_fn, two_batches(), sgd(model), rho)
+
+
+def test_sam_on_merged_refuses_a_loss_that_is_no_number():
+    model = adapted()
     before = bytes_of(model)
     x, y = two_batches()[0]
     with pytest.raises(FloatingPointError, match="the loss is not finite: nan"):
@@ -232,6 +261,20 @@ def test_noise_on_factors_has_one_direction_per_sample_at_every_sigma():
     assert clean.count_nonzero() == 0
     torch.testing.assert_close([twice_first, twice_second], [2 * first, 2 * second])
     assert torch.cosine_similarity(first.flatten(), second.flatten(), dim=0).abs() < 0.3
+
+
+def test_noise_on_factors_is_seeded_by_the_name_of_each(monkeypatch):
+    model = adapted()
+    draw = flatlora.draw_noise
+    names = []
+
+    def recorded(factor, sigma, seed, name):
+        names.append(name)
+        return draw(factor, sigma, seed, name)
+
+    monkeypatch.setattr(flatlora, "draw_noise", recorded)
+    train_toy.sharpness_on_factors(model, train_toy.loss_fn, two_batches(), 0.3, samples=1, seed=0)
+    assert names == trainable_names(model)
 
 
 def test_sharpness_on_factors_is_a_mean_rise_after_which_every_bit_is_back():
