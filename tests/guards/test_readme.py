@@ -65,32 +65,34 @@ def test_the_changed_loop_trains_and_merges():
     assert losses[-1] < losses[0]
 
 
-def test_the_trainer_trains_head_and_adapters_under_noise(tmp_path, monkeypatch):
-    """The program for Hugging Face, on a small BERT and random data."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[gpt2]"')
-    if not transformers.is_torch_available():
+@pytest.fixture
+def transformers(tmp_path, monkeypatch):
+    found = pytest.importorskip("transformers", reason='needs pip install -e ".[gpt2]"')
+    if not found.is_torch_available():
         pytest.skip("transformers asks for PyTorch 2.6")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return found
+
+
+def test_the_program_for_hugging_face_runs_as_it_stands(transformers, monkeypatch):
     (code,) = blocks("python")
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=50, num_labels=2, **sizes)
-    model = transformers.BertForSequenceClassification(config)
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    data = []
-    for i in range(16):
-        data.append({"input_ids": torch.arange(i, i + 5), "labels": i % 2})
-    settings = {"max_steps": 4, "learning_rate": 0.01, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
-    arguments = transformers.TrainingArguments("out", gradient_accumulation_steps=2, disable_tqdm=True, **settings)
-
+    before = {}
     strengths = []
 
-    def perturbed(model, sigma, seed):
-        strengths.append((sigma, seed))
-        return flatlora.perturbed(model, sigma, seed)
+    def inject_lora(model, **options):
+        before.update({name: p.clone() for name, p in model.state_dict().items()})
+        return flatlora_inject_lora(model, **options)
 
-    scope = vars(flatlora) | {"Trainer": transformers.Trainer, "perturbed": perturbed}
-    exec(code, scope | {"model": model, "arguments": arguments, "data": data})
+    def perturbed(model, sigma, seed):
+        strengths.append(sigma)
+        return flatlora_perturbed(model, sigma, seed)
+
+    flatlora_inject_lora = flatlora.inject_lora
+    flatlora_perturbed = flatlora.perturbed
+    monkeypatch.setattr(flatlora, "inject_lora", inject_lora)
+    monkeypatch.setattr(flatlora, "perturbed", perturbed)
+    exec(code, {"__name__": "program"})
 
     merged = transformers.BertForSequenceClassification.from_pretrained("merged").state_dict()
     attention = "bert.encoder.layer.0.attention.self"
@@ -98,14 +100,61 @@ def test_the_trainer_trains_head_and_adapters_under_noise(tmp_path, monkeypatch)
         assert not torch.equal(merged[name], before[name])
     key = f"{attention}.key.weight"
     assert torch.equal(merged[key], before[key])
+    assert strengths == pytest.approx([flatlora.sigma_at(step, 24, 0.05) for step in range(24)])
 
-    sigmas = [sigma for sigma, _ in strengths]
-    seeds = [seed for _, seed in strengths]
-    expected = [flatlora.sigma_at(step, 4, 0.05) for step in range(4)]
-    assert sigmas[::2] == pytest.approx(expected)
-    assert sigmas[1::2] == sigmas[::2]  # two micro-batches per step
-    assert seeds[1::2] == seeds[::2]
-    assert len(set(seeds)) == 4
+
+def flat_trainer(transformers, steps, **options):
+    """The page's trainer for a BERT with dropout: two micro-batches per step, activations checkpointed."""
+    (code,) = blocks("python")
+    scope = {"__name__": "program"}
+    exec(code[: code.index("config =")], scope)
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **sizes))
+    flatlora.inject_lora(model, targets=["query", "value"], modules_to_save=["classifier"])
+    data = [{"input_ids": torch.arange(i, i + 5), "labels": i % 2} for i in range(16)]
+    arguments = transformers.TrainingArguments(
+        "out",
+        max_steps=steps,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        gradient_checkpointing=True,
+        save_steps=2,
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+    return scope["FlatTrainer"](model, arguments, train_dataset=data)
+
+
+def test_the_trainers_micro_batches_share_one_noise(transformers, monkeypatch):
+    drawn = []
+    trainer = flat_trainer(transformers, 3)
+
+    def step_under_noise(self, model, *args, **kwargs):
+        layer = flatlora.lora_layers(model)["bert.encoder.layer.0.attention.self.query"]
+        drawn.append(layer.noise)
+        return plain_step(self, model, *args, **kwargs)
+
+    plain_step = transformers.Trainer.training_step
+    monkeypatch.setattr(transformers.Trainer, "training_step", step_under_noise)
+    trainer.train()
+    assert len(drawn) == 6
+    for first, second in zip(drawn[2::2], drawn[3::2]):
+        assert torch.equal(first.signed_std * first.normals, second.signed_std * second.normals)
+    assert not torch.equal(drawn[2].normals, drawn[4].normals)
+
+
+def test_the_trainer_goes_on_from_its_checkpoint(transformers):
+    whole = flat_trainer(transformers, 4)
+    whole.train()
+    resumed = flat_trainer(transformers, 4)
+    resumed.train(resume_from_checkpoint="out/checkpoint-2")
+    for name, p in whole.model.state_dict().items():
+        assert torch.equal(p, resumed.model.state_dict()[name]), name
 
 
 def test_what_it_names_exists():
