@@ -95,8 +95,8 @@ def values_of(claim: Claim, results: Results) -> np.ndarray:
     return contrast(runs, terms)
 
 
-def decided(results: Results) -> dict[str, tuple[Estimate, str]]:
-    """Of each claim that was tested the estimate, with Holm's correction over them all, and the word."""
+def decided(results: Results) -> dict[str, tuple[str, str, str]]:
+    """Of each claim that was tested the word, the number with Holm's interval, and the number of runs."""
     measured = {}
     for claim in CLAIMS:
         values = values_of(claim, results) if claim.task else np.array([])
@@ -107,11 +107,17 @@ def decided(results: Results) -> dict[str, tuple[Estimate, str]]:
     found = {}
     for (claim, values), level in zip(measured.items(), levels):
         one = estimate(values, level)
-        said = word_of_equality(one.low, one.high) if claim.letter == "I" else word(one.low, one.high, claim.gain)
-        if said == "undecided":
-            said += f", about {runs_needed(one, claim.gain)} runs"
-        found[claim.letter] = (one, said)
+        found[claim.letter] = (said_of(claim, one), f"{interval(one, claim.digits)} {claim.unit}".strip(), str(one.n))
     return found
+
+
+def said_of(claim: Claim, one: Estimate) -> str:
+    if claim.letter == "I":
+        return word_of_equality(one.low, one.high)
+    said = word(one.low, one.high, claim.gain)
+    if said == "undecided":
+        said += f", about {runs_needed(one, claim.gain)} runs"
+    return said
 
 
 def runs_needed(one: Estimate, gain: float | None) -> str:
@@ -142,23 +148,23 @@ def interval(one: Estimate, digits: int) -> str:
     return f"{one.mean:+.{digits}f} ({one.low:+.{digits}f} to {one.high:+.{digits}f})"
 
 
-def claims_table(results: Results, letters: Sequence[str] = ()) -> str:
+def claims_table(results: Results) -> str:
     found = decided(results)
     body = []
     for claim in CLAIMS:
-        if letters and claim.letter not in letters:
-            continue
-        number, said, n = "", "not tested", ""
-        if claim.letter in found:
-            one, said = found[claim.letter]
-            number = f"{interval(one, claim.digits)} {claim.unit}".strip()
-            n = str(one.n)
+        said, number, n = found.get(claim.letter, ("not tested", "", ""))
         body.append([claim.letter, claim.says, claim.test, f"**{said}**", number, n])
     return markdown(["", "the paper says", "tested here", "word", "number, 95 % interval", "n"], body, words=4)
 
 
 def front_claims(results: Results) -> str:
-    return claims_table(results, FRONT)
+    found = decided(results)
+    body = []
+    for claim in CLAIMS:
+        if claim.letter in FRONT:
+            said, number, n = found.get(claim.letter, ("not tested", "", ""))
+            body.append([claim.says, f"**{said}**", number, n])
+    return markdown(["claim", "here", "number, 95 % interval", "n"], body, words=2)
 
 
 def rows_table(results: Results, name: str, columns: Sequence[Column], wanted: Sequence[str] = ("",)) -> str:
