@@ -1,12 +1,10 @@
-"""What flatness costs: one step of LoRA, Flat-LoRA, its add-and-subtract form and SAM in both spaces, side by side.
+"""What flatness costs: a step of LoRA, Flat-LoRA, its add-and-subtract form and two forms of SAM, side by side.
 
-    python tests/evidence/bench_cost.py           # 2 minutes on 2 CPU cores
-    python tests/evidence/bench_cost.py --full    # 15 minutes: more shapes, more rounds
-    python tests/evidence/bench_cost.py --device cuda --depth 12 --tokens 8192    # under bfloat16 autocast
+    python tests/evidence/bench_cost.py                  # a block of GPT-2: 3 minutes on 2 CPU cores
+    python tests/evidence/bench_cost.py --device cuda    # four blocks of Llama-7B's width in bfloat16
 
-The model is a stack of GPT-2 blocks; where CUDA is there, also four blocks of Llama-7B's width in bfloat16. Times: in
-each round every method takes one step, in an order that changes, and its time is divided by LoRA's in the same round.
-Memory: each method runs in a process of its own.
+Time: in each round every method takes one step, in an order that changes. Its time is divided by LoRA's in the same
+round, so that what slows the machine for a while slows both. Memory: each method runs in a process of its own.
 """
 
 import argparse
@@ -18,50 +16,47 @@ import multiprocessing
 import os
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
+from training import flatlora, train_gpt2, train_toy
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import flatlora
-import train_gpt2
-import train_toy
-
-# Imported here, so that its modules are in the memory of every method.
-peft = None
-if importlib.util.find_spec("peft") and torch.__version__ >= "2.6":  # which transformers asks for
-    peft = importlib.import_module("peft")
-METHODS = {"lora": "LoRA", "peft": "PEFT's LoRA", "flat": "Flat-LoRA", "add": "add and subtract"}
-METHODS |= {"sam": "SAM on (A, B)", "sam-full": "SAM on W'"}
-PRESENT = [method for method in METHODS if peft or method != "peft"]
-SIGMA, RHO, CONTEXT, DTYPES = 0.05, 0.05, 256, {"fp32": torch.float32, "bf16": torch.bfloat16}
+METHODS = {
+    "lora": "LoRA",
+    "peft": "PEFT's LoRA",
+    "flat": "Flat-LoRA",
+    "add": "add and subtract",
+    "sam": "SAM on (A, B)",
+    "sam-full": "SAM on W'",
+}
+SIGMA = 0.05
+RHO = 0.05
+DRIFT_STEPS = 100
+FILE = Path(__file__).with_name("cost.json")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPAWN = multiprocessing.get_context("spawn")  # new processes, which share nothing with this one
+Found = dict[str, Any]  # what was measured, as the JSON file holds it
+
+PRESENT = list(METHODS)
+if importlib.util.find_spec("peft") and torch.__version__ >= "2.6":  # its transformers asks for 2.6
+    peft = importlib.import_module("peft")  # here, so that its modules are in the memory of every method
+else:
+    PRESENT.remove("peft")
 
 
-@dataclass(frozen=True)
-class Cell:
-    tokens: int = field(default=512, metadata={"help": "per micro-batch (512)"})
-    micro_batches: int = field(default=1, metadata={"help": "per step (1)"})
-    width: int = field(default=768, metadata={"help": "of the blocks (768)"})
-    depth: int = field(default=1, metadata={"help": "blocks (1)"})
-    r: int = field(default=16, metadata={"help": "rank of the adapters (16)"})
-    threads: int = field(default=2, metadata={"help": "(2)"})
-    device: str = field(default="cpu", metadata={"choices": ["cpu", *["cuda"] * torch.cuda.is_available()]})
+# ---- Models --------------------------------------------------------------------------------------------------
 
 
-# ---- What is compared ----------------------------------------------------------------------------------------
 class LlamaBlock(nn.Module):
     """A block of Llama's shape. Positions are not rotated, which takes next to no time."""
 
@@ -81,180 +76,232 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm_1(x)  # (B, T, C)
-        q, k, v = (self.split_heads(project(normed)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
-        x = x + self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
+        q = self.split_heads(self.q_proj(normed))  # (B, nh, T, hs)
+        k = self.split_heads(self.k_proj(normed))
+        v = self.split_heads(self.v_proj(normed))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, T, C)
+        x = x + self.o_proj(mixed)
+
         normed = self.norm_2(x)
-        return x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))  # (B, T, C)
+        gated = F.silu(self.gate_proj(normed)) * self.up_proj(normed)  # (B, T, hidden)
+        return x + self.down_proj(gated)  # (B, T, C)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, nh, T, hs)
 
 
+def gpt2_block(width: int) -> nn.Module:
+    config = train_gpt2.GPTConfig(n_layer=1, n_head=width // 64, n_embd=width, block_size=256)
+    return train_gpt2.Block(config)
+
+
 @dataclass(frozen=True)
-class LlamaCell:
-    batch: int
-    context: int
+class Cell:
+    """What is measured: the model, and how much goes through it per step."""
+
+    block: Callable[[int], nn.Module]
+    width: int
+    batch: int = 1
+    context: int = 256
     micro_batches: int = 1
-    width: int = 4096
-    depth: int = 4
+    depth: int = 1
     r: int = 16
-    threads: int = 2
-    device: str = "cuda"
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
 
+gpt2_cell = partial(Cell, gpt2_block, width=768)
+llama_cell = partial(Cell, LlamaBlock, width=4096, depth=4, dtype=torch.bfloat16, device="cuda")
+SMALL = gpt2_cell()  # for memory: few activations hide it
+GPT2_CELLS = {
+    "512 tokens": gpt2_cell(batch=2),
+    "2,048 tokens": gpt2_cell(batch=8),
+    "8 x 512 tokens": gpt2_cell(batch=2, micro_batches=8),
+}
+LLAMA_METHODS = ("lora", "flat", "add", "sam")
 LLAMA_CELLS = {
-    "1 x 1,024": LlamaCell(1, 1024),
-    "2 x 1,024": LlamaCell(2, 1024),
-    "8 x 2,048": LlamaCell(8, 2048),
-    "8 micro-batches of 1 x 1,024": LlamaCell(1, 1024, micro_batches=8),
+    "1 x 1,024": llama_cell(batch=1, context=1024),
+    "2 x 1,024": llama_cell(batch=2, context=1024),
+    "8 x 2,048": llama_cell(batch=8, context=2048),
+    "8 micro-batches of 1 x 1,024": llama_cell(batch=1, context=1024, micro_batches=8),
 }
 
 
-def build_llama(cell: LlamaCell) -> tuple[nn.Module, list[Tensor], Any]:
-    """Model in bfloat16 with adapters in float32 on all seven projections, micro-batches and optimizer."""
+class Setup(NamedTuple):
+    model: nn.Module
+    batches: list[Tensor]
+    optimizer: torch.optim.Optimizer
+
+
+def build(method: str, cell: Cell) -> Setup:
+    """Equal for all methods."""
     torch.manual_seed(0)
     with torch.device(cell.device):
-        model = nn.Sequential(*(LlamaBlock(cell.width) for _ in range(cell.depth))).to(torch.bfloat16)
-        shape = (cell.batch, cell.context, cell.width)  # (B, T, C)
-        batches = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(cell.micro_batches)]
-    flatlora.inject_lora(model, cell.r, 2 * cell.r)
-    return model, batches, torch.optim.AdamW(flatlora.lora_parameters(model), lr=1e-4)
+        blocks = [cell.block(cell.width) for _ in range(cell.depth)]
+        inputs = torch.randn(cell.micro_batches, cell.batch, cell.context, cell.width)  # (micro-batches, B, T, C)
+    model = nn.Sequential(*blocks).to(cell.dtype)
+    batches = list(inputs.to(cell.dtype))
 
-
-def llama_times(cell: LlamaCell, seconds: float, title: str) -> dict[str, Any]:
-    actions = {method: partial(step, method, *build_llama(cell)) for method in ("lora", "flat", "add", "sam")}
-    return rounds(actions, cell, seconds, title)
-
-
-def llama_parts(cell: LlamaCell, seconds: float) -> dict[str, Any]:
-    """What Flat-LoRA adds, against a plain copy of every adapted W: entering `perturbed`, and W + eps."""
-    model, _, _ = build_llama(cell)
-    layers = flatlora.lora_layers(model).values()
-
-    def copy_weights(seed: int) -> None:
-        for layer in layers:
-            layer.base.weight.clone()
-
-    def enter(seed: int) -> None:
-        with flatlora.perturbed(model, SIGMA, seed):
-            pass
-
-    with flatlora.perturbed(model, SIGMA, seed=0):
-        noises = [layer.noise for layer in layers]
-
-    def add_noise(seed: int) -> None:
-        for layer, noise in zip(layers, noises):
-            noise.added_to(layer.base.weight)
-
-    actions = {"copy of W": copy_weights, "W + eps": add_noise, "entering": enter}
-    with torch.no_grad():
-        return rounds(actions, cell, seconds, "parts")
-
-
-def build(method: str, cell: Cell, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Tensor], Any]:
-    """Model, micro-batches and optimizer, equal for all methods."""
-    torch.manual_seed(0)
-    config = train_gpt2.GPTConfig(cell.depth, cell.width // math.gcd(cell.width, 64), cell.width, CONTEXT)
-    model = nn.Sequential(*(train_gpt2.Block(config) for _ in range(cell.depth))).to(cell.device, dtype)
     if method == "peft":
-        adapters = peft.LoraConfig(r=cell.r, lora_alpha=2 * cell.r, target_modules=train_gpt2.TARGETS)
-        model = peft.inject_adapter_in_model(adapters, model)
+        config = peft.LoraConfig(r=cell.r, lora_alpha=2 * cell.r, target_modules=train_gpt2.TARGETS)
+        model = peft.inject_adapter_in_model(config, model)
     else:
-        flatlora.inject_lora(model, cell.r, 2 * cell.r, targets=train_gpt2.TARGETS)
-    shape = (max(1, cell.tokens // CONTEXT), min(cell.tokens, CONTEXT), cell.width)  # (B, T, C)
-    batches = [torch.randn(shape).to(cell.device, dtype) for _ in range(cell.micro_batches)]
-    return model, batches, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        model = flatlora.inject_lora(model, cell.r, 2 * cell.r)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Setup(model, batches, torch.optim.AdamW(trained, lr=1e-4))
 
 
-def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+# ---- Steps ---------------------------------------------------------------------------------------------------
+
+
+def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
-        return model(batch).float().square().mean()
+        out = model(batch)  # (B, T, C)
+    return out.float().square().mean()
+
+
+def step(method: str, setup: Setup, seed: int, loss_fn: flatlora.LossFn = mean_square) -> None:
+    model, batches, optimizer = setup
+    if method == "lora":
+        flatlora.flat_lora_step(model, loss_fn, batches, optimizer, 0.0, seed)
+    elif method == "flat":
+        flatlora.flat_lora_step(model, loss_fn, batches, optimizer, SIGMA, seed)
+    elif method == "add":
+        with noise_added(model, seed):  # also during the update, which does not look at W
+            flatlora.flat_lora_step(model, loss_fn, batches, optimizer, 0.0, seed)
+    elif method == "sam":
+        flatlora.sam_step(model, loss_fn, batches, optimizer, RHO)
+    elif method == "sam-full":
+        train_toy.sam_on_merged_step(model, loss_fn, batches, optimizer, RHO)
+    else:
+        peft_step(setup, loss_fn)
+
+
+def peft_step(setup: Setup, loss_fn: flatlora.LossFn) -> None:
+    """What `flat_lora_step` does with sigma = 0. It takes no model of PEFT's itself."""
+    model, batches, optimizer = setup
+    optimizer.zero_grad()
+    flatlora._backward(model, loss_fn, batches, scaler=None)
+    flatlora._update(optimizer, math.inf, scaler=None)
 
 
 @contextmanager
-def added(model: nn.Module, seed: int) -> Iterator[None]:
-    """The authors' procedure, as described: add the noise to the stored weights, draw it again later and subtract it.
-    From the global generator, seeded twice; merged weight, std and noise of each layer are full matrices."""
-    layers = flatlora.lora_layers(model).values()
-    norms = [layer.weight.detach().float().norm(dim=1, keepdim=True) for layer in layers]  # (m, 1) each
+def noise_added(model: nn.Module, seed: int) -> Iterator[None]:
+    """The authors' procedure, as described: noise is added to the stored weights, drawn again later and subtracted.
 
-    def add(sign: int) -> None:
-        torch.manual_seed(seed)
-        for layer, norm in zip(layers, norms):
-            std = (SIGMA / math.sqrt(layer.in_features) * norm).repeat(1, layer.in_features)  # (m, n)
-            layer.base.weight.data += sign * torch.normal(0.0, std).to(layer.base.weight.dtype)
-
-    add(+1)
+    It comes from the global generator, seeded twice. Merged weight, std and noise of each layer are full matrices.
+    """
+    norms = {layer: row_norms(layer) for layer in flatlora.lora_layers(model).values()}
+    add_noise(norms, seed, sign=1)
     yield
-    add(-1)
+    add_noise(norms, seed, sign=-1)
 
 
-def step(method: str, model: nn.Module, batches: Sequence, optimizer: Any, seed: int, loss: Callable = loss_fn) -> None:
-    if method == "sam":
-        flatlora.sam_step(model, loss, batches, optimizer, RHO)
-    elif method == "sam-full":
-        train_toy.sam_on_merged_step(model, loss, batches, optimizer, RHO)
-    elif method == "peft":  # flat_lora_step with sigma = 0, which takes no model of PEFT's
-        optimizer.zero_grad()
-        flatlora._backward(model, loss, batches, scaler=None)
-        flatlora._update(optimizer, math.inf, scaler=None)
-    else:
-        with added(model, seed) if method == "add" else nullcontext():  # W may wait: the update is of A and B only
-            flatlora.flat_lora_step(model, loss, batches, optimizer, SIGMA if method == "flat" else 0.0, seed)
+def add_noise(norms: Mapping[flatlora.LoRALinear, Tensor], seed: int, sign: int) -> None:
+    torch.manual_seed(seed)
+    for layer, norm in norms.items():
+        add_noise_to(layer, norm, sign)
+
+
+# Functions of their own, so that no name keeps a matrix alive for longer than it is needed.
+def row_norms(layer: flatlora.LoRALinear) -> Tensor:
+    merged = layer.weight.detach().float()
+    return merged.norm(dim=1, keepdim=True)  # (m, 1)
+
+
+def add_noise_to(layer: flatlora.LoRALinear, norm: Tensor, sign: int) -> None:
+    weight = layer.base.weight.data
+    n = layer.in_features
+    std = (SIGMA / math.sqrt(n) * norm).repeat(1, n)  # (m, n)
+    noise = torch.normal(0.0, std).to(weight.dtype)
+    weight += sign * noise
 
 
 # ---- Time ----------------------------------------------------------------------------------------------------
-def rounds(actions: Mapping[str, Callable], cell: Cell | LlamaCell, seconds: float, title: str) -> dict[str, Any]:
-    """Do each action in turn, for `seconds` but at least four rounds, of which the first warms up. Milliseconds of the
-    first action (median); lower quartile, median and upper quartile of each one's time as a multiple of it."""
-    torch.set_num_threads(cell.threads)
-    found: list[dict[str, float]] = []
-    begin = time.perf_counter()
-    with tqdm(total=seconds, desc=title, leave=False, bar_format="{l_bar}{bar}| {elapsed}") as bar:
-        while len(found) < 4 or time.perf_counter() - begin < seconds:
-            turn, took = len(found) % len(actions), {}
-            for name in [*actions][turn:] + [*actions][:turn]:  # nobody is always first
-                start = time.perf_counter()
-                actions[name](seed=len(found))
-                if cell.device == "cuda":
-                    torch.cuda.synchronize()
-                took[name] = time.perf_counter() - start
-            found.append(took)
-            bar.update(min(seconds, time.perf_counter() - begin) - bar.n)
-    found, first = found[1:], next(iter(actions))
-    ratios = {name: [took[name] / took[first] for took in found] for name in actions}
-    quartiles = {name: statistics.quantiles(values, n=4, method="inclusive") for name, values in ratios.items()}
-    return {"rounds": len(found), "ms": 1000 * statistics.median(took[first] for took in found), "ratio": quartiles}
+
+Actions = Mapping[str, Callable[[int], None]]  # by method; each takes a seed
+
+
+def times_of_steps(cell: Cell, methods: Sequence[str], seconds: float, title: str) -> Found:
+    actions = {method: partial(step, method, build(method, cell)) for method in methods}
+    return rounds(actions, seconds, title)
+
+
+def rounds(actions: Actions, seconds: float, title: str) -> Found:
+    """Do all actions in turn for so many seconds, but at least four rounds, of which the first warms up.
+
+    Returns the milliseconds of LoRA (median), and for each action its time as a multiple of LoRA's: lower quartile,
+    median and upper quartile.
+    """
+    times = []
+    end = time.perf_counter() + seconds
+    with tqdm(desc=title, unit="round", leave=False) as progress:
+        while len(times) < 4 or time.perf_counter() < end:
+            times.append(one_round(actions, seed=len(times)))
+            progress.update()
+
+    times = times[1:]
+    ratio = {}
+    for name in actions:
+        ratios = [took[name] / took["lora"] for took in times]
+        ratio[name] = statistics.quantiles(ratios, n=4, method="inclusive")
+    median = statistics.median(took["lora"] for took in times)
+    return {"rounds": len(times), "ms": 1000 * median, "ratio": ratio}
+
+
+def one_round(actions: Actions, seed: int) -> dict[str, float]:
+    """The seconds of each action."""
+    names = list(actions)
+    first = seed % len(names)
+    took = {}
+    for name in names[first:] + names[:first]:  # nobody is always first
+        start = time.perf_counter()
+        actions[name](seed)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        took[name] = time.perf_counter() - start
+    return took
 
 
 @torch.no_grad()
-def forward_times(cell: Cell, seconds: float) -> dict[str, Any]:
-    """The forward of four layers with 4 x width outputs: plain, perturbed, between add and subtract; then once more
-    while another process multiplies matrices."""
-    layers = nn.ModuleList(nn.Linear(cell.width, 4 * cell.width) for _ in range(4))
-    model, x = flatlora.inject_lora(layers, cell.r, 2 * cell.r), torch.randn(cell.tokens, cell.width)  # (N, C)
+def times_of_forward(seconds: float) -> Found:
+    """Four layers with noise, without, and between add and subtract; then once more beside a busy process."""
+    layers = [nn.Linear(768, 4 * 768) for _ in range(4)]
+    model = flatlora.inject_lora(nn.ModuleList(layers), r=16, alpha=32)
+    x = torch.randn(512, 768)  # (N, C)
 
     def forward(method: str, seed: int) -> None:
-        noise = {"lora": nullcontext(), "flat": flatlora.perturbed(model, SIGMA, seed), "add": added(model, seed)}
-        with noise[method]:
+        noise = nullcontext()
+        if method == "flat":
+            noise = flatlora.perturbed(model, SIGMA, seed)
+        elif method == "add":
+            noise = noise_added(model, seed)
+        with noise:
             for layer in model:
                 layer(x)  # (N, 4C)
 
     actions = {method: partial(forward, method) for method in ("lora", "flat", "add")}
-    found, started = {"alone": rounds(actions, cell, seconds, "forward, alone")}, SPAWN.Event()
-    process = SPAWN.Process(target=multiply, args=(cell.threads, started))
+    alone = rounds(actions, seconds, "forward, alone")
+    with busy_process():
+        busy = rounds(actions, seconds, "forward, busy")
+    return {"alone": alone, "busy": busy}
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    started = SPAWN.Event()
+    process = SPAWN.Process(target=multiply, args=(started,))
     process.start()
     try:
         started.wait()
-        return found | {"busy": rounds(actions, cell, seconds, "forward, busy")}
+        yield
     finally:
         process.kill()
         process.join()
 
 
-def multiply(threads: int, started: Any) -> None:
-    torch.set_num_threads(threads)
+def multiply(started: Any) -> None:
     a = torch.randn(1024, 1024)
     started.set()
     while multiprocessing.parent_process().is_alive():
@@ -262,136 +309,218 @@ def multiply(threads: int, started: Any) -> None:
 
 
 # ---- Memory and drift ----------------------------------------------------------------------------------------
-def memory_of(method: str, cell: Cell) -> dict[str, int]:
+
+
+def memory_of_all() -> Found:
+    """To be called while this process is small: a new process counts the peak of the one that it comes from."""
+    # With this, glibc gives freed memory back at once in the new ones, so that their peak is that of what is in use.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    found = {}
+    with SPAWN.Pool(1, maxtasksperchild=1) as pool:
+        for method in tqdm(PRESENT, desc="memory", leave=False):
+            found[method] = pool.apply(memory_of, (method,))
+    return found
+
+
+def memory_of(method: str) -> dict[str, int]:
     """Bytes: the peak of this process in three steps, what lives between a forward and its backward, and the table of
     normals, which every method's process makes first, so that it is in no difference."""
-    table = flatlora._real_table(torch.float32, torch.device(cell.device))
-    (model, batches, optimizer), stored = build(method, cell), []
+    table = flatlora._real_table(SMALL.dtype, torch.device(SMALL.device))
+    setup = build(method, SMALL)
     for seed in range(3):
-        step(method, model, batches, optimizer, seed)
+        step(method, setup, seed)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = torch.cuda.max_memory_allocated() if cell.device == "cuda" else peak
+
+    stored = []
 
     def counting(model: nn.Module, batch: Tensor) -> Tensor:
-        held: list[Tensor] = []
-        with saved_tensors_hooks(lambda tensor: held.append(tensor) or tensor, lambda tensor: tensor):
-            loss = loss_fn(model, batch)
-        reused = [id(x) for x in flatlora._memory.by_dtype.values()]  # one matrix for all layers: the peak counts it
-        held += [x for x in gc.get_objects() if issubclass(type(x), Tensor) and id(x) not in reused]
-        held += [x.grad for x in held if x.is_leaf and x.grad is not None]
-        stored.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}.values()))
+        saved = []
+        with saved_tensors_hooks(partial(kept, saved), lambda tensor: tensor):
+            loss = mean_square(model, batch)
+        stored.append(bytes_alive(saved))
         return loss
 
-    step(method, model, batches, optimizer, seed=3, loss=counting)
+    step(method, setup, seed=3, loss_fn=counting)
     return {"peak": peak, "stored": max(stored), "table": table.nbytes}
 
 
-def drift(method: str, dtype: torch.dtype, steps: int) -> float:
-    """|W_after - W_before| / |W_before| over all frozen matrices of a small model, after that many steps."""
-    model, batches, optimizer = build(method, Cell(tokens=16, width=64, r=4), dtype)
-    frozen = [p for p in model.parameters() if p.dim() == 2 and not p.requires_grad]
-    before = torch.cat([p.double().flatten() for p in frozen])
-    for seed in tqdm(range(steps), desc=f"drift, {METHODS[method]}, {dtype}", leave=False):
-        step(method, model, batches, optimizer, seed)
-    return float((torch.cat([p.double().flatten() for p in frozen]) - before).norm() / before.norm())
+def kept(saved: list[Tensor], tensor: Tensor) -> Tensor:
+    saved.append(tensor)
+    return tensor
 
 
-# ---- Tables and the command line -----------------------------------------------------------------------------
-def table(rows: Sequence[Sequence[str]]) -> str:
-    width = [max(map(len, column)) for column in zip(*rows)]
-    lines = [rows[0], ["-" * w for w in width], *rows[1:]]
-    return "\n".join("  ".join([line[0].ljust(width[0]), *map(str.rjust, line[1:], width[1:])]) for line in lines)
+def bytes_alive(saved: Sequence[Tensor]) -> int:
+    """Of all tensors, memory that they share counted once. `saved` are autograd's, which the collector does not see."""
+    tensors = list(saved)
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor):  # isinstance would ask objects that answer with a warning
+            tensors.append(thing)
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+
+    sizes = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+    for buffer in flatlora._memory.by_dtype.values():  # one matrix for all layers, which the peak counts
+        sizes.pop(buffer.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
-def time_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = []
-    for title, cell in cells.items():
-        shown = [f"{median:.2f} ({low:.2f}-{high:.2f})" for low, median, high in cell["ratio"].values()]
-        flat, add = (cell["ratio"][method][1] - 1 for method in ("flat", "add"))
-        share = f"{flat / add:.2f}" if add > 0 else "-"
-        columns.append([title, f"{cell['ms']:.0f}", *shown[1:], share])
-    names = [METHODS[method] for method in cell["ratio"]]
-    return table([*zip(["", "LoRA, ms", *names[1:], "overhead, Flat / add"], *columns)])
+def drifts_of(method: str) -> dict[str, float]:
+    found = {}
+    for name, dtype in DTYPES.items():
+        if method != "sam-full" or dtype == torch.float32:  # it refuses half precision
+            found[name] = drift(method, dtype)
+    return found
 
 
-def drift_cell(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0e}" if value else "0"
+def drift(method: str, dtype: torch.dtype) -> float:
+    """|W_after - W_before| / |W_before| over all frozen matrices of a small model."""
+    cell = Cell(gpt2_block, width=64, context=16, r=4, dtype=dtype)
+    setup = build(method, cell)
+    frozen = [p for p in setup.model.parameters() if p.dim() == 2 and not p.requires_grad]
+
+    before = joined(frozen)
+    for seed in range(DRIFT_STEPS):
+        step(method, setup, seed)
+    moved = joined(frozen) - before
+    return (moved.norm() / before.norm()).item()
 
 
-def parts_table(found: Mapping[str, Any]) -> str:
-    medians = [f"{median:.2f}" for _, median, _ in found["ratio"].values()]
-    return table([["", *found["ratio"]], [f"times a copy, {found['ms']:.2f} ms", *medians]])
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in tensors])
 
 
-def report(found: Mapping[str, Any]) -> str:
+# ---- All together --------------------------------------------------------------------------------------------
+
+
+def measure_gpt2(seconds: float) -> Found:
+    machine = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    found: Found = {"machine": f"torch {torch.__version__}, {machine}"}
+    found["cell"] = {"width": SMALL.width}
+    found["steps"] = DRIFT_STEPS
+    found["memory"] = {str(SMALL.depth): memory_of_all()}
+    found["drift"] = {}
+    for method in tqdm(PRESENT, desc="drift", leave=False):
+        found["drift"][method] = drifts_of(method)
+    found["time"] = {}
+    for title, cell in GPT2_CELLS.items():
+        found["time"][title] = times_of_steps(cell, PRESENT, seconds, title)
+    found["forward"] = times_of_forward(seconds / 2)
+    return found
+
+
+def measure_llama(seconds: float) -> Found:
+    found: Found = {"card": f"torch {torch.__version__}, {torch.cuda.get_device_name()}"}
+    found["llama"] = {}
+    for title, cell in LLAMA_CELLS.items():
+        found["llama"][title] = times_of_steps(cell, LLAMA_METHODS, seconds, title)
+    return found
+
+
+# ---- Tables --------------------------------------------------------------------------------------------------
+
+
+def report(found: Found) -> str:
     """All tables, from what the JSON file holds."""
-    cells, rows, largest = [*found["time"].items()], [], 16 * found["cell"]["width"] ** 2  # (4 width, width), float32
-    parts = [found["machine"], "Time of a step as a multiple of LoRA's: median (quartiles)"]
-    parts += [time_table(dict(cells[i : i + 3])) for i in range(0, len(cells), 3)]
-    if found["forward"]:
-        parts += ["The same of a forward of four layers, alone and beside a busy process"]
-        parts += [time_table(found["forward"])]
-    if found.get("llama"):
-        parts += ["Four blocks of Llama-7B's width in bfloat16: the same by tokens of a pass, then the parts"]
-        parts += [time_table(found["llama"]), parts_table(found["llama_parts"])]
-    for method in found["drift"]:
-        above = [by[method][key] - by["lora"][key] for by in found["memory"].values() for key in ("peak", "stored")]
-        drifts = [drift_cell(found["drift"][method].get(name)) for name in DTYPES]
-        rows.append([METHODS[method], *(f"{value / largest:.2f}" for value in above), *drifts])
-    head = [f"{key}, {depth} bl." for depth in found["memory"] for key in ("peak", "stored")]
-    size = next(iter(found["memory"].values()))["flat"]["table"] / 2**20
-    parts += [
+    parts = []
+    if "time" in found:
+        parts.append(found["machine"])
+        parts.append("Time of a step as a multiple of LoRA's: median (quartiles)")
+        parts.append(time_table(found["time"]))
+        parts.append("The same of a forward of four layers, alone and beside a busy process")
+        parts.append(time_table(found["forward"]))
+        parts.append(memory_caption(found))
+        parts.append(memory_table(found))
+    if "llama" in found:
+        parts.append(found["card"])
+        parts.append("Four blocks of Llama-7B's width in bfloat16: the time of a step by tokens of a pass")
+        parts.append(time_table(found["llama"]))
+    return "\n\n".join(parts)
+
+
+def time_table(cells: Mapping[str, Found]) -> str:
+    columns = [cell["ratio"] for cell in cells.values()]
+    milliseconds = [f"{cell['ms']:.0f}" for cell in cells.values()]
+    rows = [["", *cells], ["LoRA, ms", *milliseconds]]
+    for method in columns[0]:
+        if method == "lora":
+            continue
+        row = [METHODS[method]]
+        for ratio in columns:
+            low, median, high = ratio[method]
+            row.append(f"{median:.2f} ({low:.2f}-{high:.2f})")
+        rows.append(row)
+    return table(rows)
+
+
+def largest_weight(found: Found) -> int:
+    """The bytes of a matrix (4 width, width) in float32."""
+    return 16 * found["cell"]["width"] ** 2
+
+
+def memory_caption(found: Found) -> str:
+    largest = largest_weight(found) / 2**20
+    memory = next(iter(found["memory"].values()))
+    normals = memory["flat"]["table"] / 2**20
+    return (
         f"Memory above LoRA's, at the peak and stored from forward to backward, with the\n"
-        f"largest adapted weight, {largest / 2**20:.1f} MiB, as 1; not in it is the table of normals, {size:.0f} MiB.\n"
+        f"largest adapted weight, {largest:.1f} MiB, as 1; not in it is the table of normals, {normals:.0f} MiB.\n"
         f"Drift of W after {found['steps']} steps."
-    ]
-    return "\n\n".join([*parts, table([["", *head, *(f"drift, {name}" for name in DTYPES)], *rows])])
+    )
+
+
+def memory_table(found: Found) -> str:
+    depth, memory = next(iter(found["memory"].items()))
+    drifts = [f"drift, {name}" for name in DTYPES]
+    rows = [["", f"peak, {depth} bl.", f"stored, {depth} bl.", *drifts]]
+    for method in found["drift"]:
+        row = [METHODS[method]]
+        for key in ("peak", "stored"):
+            above = memory[method][key] - memory["lora"][key]
+            row.append(f"{above / largest_weight(found):.2f}")
+        for name in DTYPES:
+            row.append(drift_text(found["drift"][method].get(name)))
+        rows.append(row)
+    return table(rows)
+
+
+def drift_text(drift: float | None) -> str:
+    if drift is None:
+        return "-"
+    return f"{drift:.0e}" if drift else "0"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rule = ["-" * width for width in widths]
+    lines = []
+    for row in [rows[0], rule, *rows[1:]]:
+        first = row[0].ljust(widths[0])
+        others = map(str.rjust, row[1:], widths[1:])
+        lines.append("  ".join([first, *others]))
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--full", action="store_true", help="more shapes, more rounds, longer drift")
-    parser.add_argument("--seconds", type=float, help="of rounds per cell (20, with --full 45)")
-    parser.add_argument(
-        "--out", type=Path, nargs="?", const=Path(__file__).with_name("cost.json"), help="write JSON (cost.json here)"
-    )
-    for f in fields(Cell):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default, **f.metadata)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="GPT-2's block, or Llama's (cpu)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of rounds per column (20)")
+    parser.add_argument("--out", type=Path, nargs="?", const=FILE, help="JSON file to write into (cost.json here)")
     args = parser.parse_args()
-    cell = Cell(**{f.name: getattr(args, f.name) for f in fields(Cell)})
-    if min(value for value in asdict(cell).values() if value != cell.device) < 1:
-        parser.error(f"numbers must be at least 1, got {cell}")
-    t, steps, seconds = cell.tokens, 1000 if args.full else 100, args.seconds or (45 if args.full else 20)
-    shapes = {f"{t:,} tokens": {}, f"{4 * t:,} tokens": {"tokens": 4 * t}, f"8 x {t:,} tokens": {"micro_batches": 8}}
-    if args.full:
-        shapes |= {f"{16 * t:,} tokens": {"tokens": 16 * t}, "1 thread": {"threads": 1}, "4 blocks": {"depth": 4}}
-        shapes |= {"width 128": {"width": 128}, "width 1600": {"width": 1600}, "r 64": {"r": 64}}
-    card = torch.cuda.get_device_name() if cell.device == "cuda" else f"{os.cpu_count()} CPU cores"
-    found = {"machine": f"torch {torch.__version__}, {card}, {cell.threads} threads", "cell": asdict(cell)}
-    found |= {"steps": steps, "time": {}, "memory": {}, "drift": {}}
-    # First, while this process is small: a new one counts the memory of the one it comes from. The threshold is for
-    # the new ones: with it glibc gives memory back at once, so that the peak is that of what is in use.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    with SPAWN.Pool(1, maxtasksperchild=1) as pool:
-        for depth in (1, 4) if args.full else (cell.depth,):
-            small = replace(cell, tokens=256, micro_batches=1, depth=depth)
-            found["memory"][depth] = {m: pool.apply(memory_of, (m, small)) for m in tqdm(PRESENT, desc="memory")}
-    for method in PRESENT:
-        dtypes = {"fp32": torch.float32} if method == "sam-full" else DTYPES  # it refuses half precision
-        found["drift"][method] = {name: drift(method, dtype, steps) for name, dtype in dtypes.items()}
-    for title, shape in shapes.items():
-        here = replace(cell, **shape)
-        actions = {method: partial(step, method, *build(method, here)) for method in PRESENT}
-        found["time"][title] = rounds(actions, here, seconds, title)
-    found["forward"] = forward_times(cell, seconds / 2) if cell.device == "cpu" else {}
-    if torch.cuda.is_available():
-        found["llama"] = {title: llama_times(here, seconds, title) for title, here in LLAMA_CELLS.items()}
-        found["llama_parts"] = llama_parts(LLAMA_CELLS["1 x 1,024"], seconds)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is there")
+    found: Found = {}
+    if args.out and args.out.exists():
+        found = json.loads(args.out.read_text("utf-8"))  # of which the part of the other device stays
+
+    if args.device == "cpu":
+        found |= measure_gpt2(args.seconds)
+    else:
+        found |= measure_llama(args.seconds)
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        args.out.write_text(json.dumps(found, indent=1), "utf-8")
     print(report(found))
 
 

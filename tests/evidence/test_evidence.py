@@ -240,15 +240,17 @@ def test_typos_are_as_many_as_asked() -> None:
 
 def test_the_cells_for_a_gpu_run_on_a_cpu() -> None:
     bench_cost = importlib.import_module("bench_cost")  # which imports PEFT, where it is installed
-    threads = torch.get_num_threads()
-    cell = bench_cost.LlamaCell(batch=1, context=8, micro_batches=2, width=64, depth=1, threads=1, device="cpu")
-    times = bench_cost.llama_times(cell, seconds=0.0, title="tiny")
-    parts = bench_cost.llama_parts(cell, seconds=0.0)
-    torch.set_num_threads(threads)
+    cell = bench_cost.llama_cell(context=8, micro_batches=2, width=64, depth=1, device="cpu")
+    times = bench_cost.times_of_steps(cell, bench_cost.LLAMA_METHODS, seconds=0.0, title="tiny")
+    assert times["rounds"] == 3
     assert list(times["ratio"]) == ["lora", "flat", "add", "sam"]
-    assert list(parts["ratio"]) == ["copy of W", "W + eps", "entering"]
-    assert "overhead, Flat / add" in bench_cost.time_table({"tiny": times})
-    assert "times a copy" in bench_cost.parts_table(parts)
+    lines = bench_cost.report({"card": "a card", "llama": {"tiny": times}}).splitlines()
+    assert [line.split("  ")[0] for line in lines[-4:]] == [
+        "LoRA, ms",
+        "Flat-LoRA",
+        "add and subtract",
+        "SAM on (A, B)",
+    ]
 
 
 # ---- Pages ---------------------------------------------------------------------------------------------------
