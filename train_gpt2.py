@@ -36,6 +36,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -517,14 +518,10 @@ def measure(model: GPT, data: Mapping[str, Tensor], recipe: Recipe) -> dict[str,
         if name in data:
             batches = spread(model, data[name], recipe, recipe.eval_windows)
             found[f"{name}_loss"] = statistics.fmean(loss_of(model, batch).item() for batch in batches)
-    if has_adapters(model):
+    if any(isinstance(module, flatlora.LoRALinear) for module in model.modules()):
         batches = spread(model, data["train"], recipe, min(recipe.eval_windows, 64))
         found["sharpness"] = flatlora.sharpness(model, loss_of, batches, sigma=0.1, samples=4, seed=0)
     return found
-
-
-def has_adapters(model: nn.Module) -> bool:
-    return any(isinstance(module, flatlora.LoRALinear) for module in model.modules())
 
 
 # 97.5 % points of Student's t for 1 to 15 degrees of freedom. The last serves above, too: there it is up to 9 % wide.
@@ -647,11 +644,9 @@ def curve(losses: Sequence[float]) -> str:
 
 # ---- PEFT's files and models ---------------------------------------------------------------------------------
 PREFIX = "base_model.model."  # before the names of PEFT's modules
-# The settings of an adapter that may have any value. Any other must have its default, else it is more than LoRA.
 FREE = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha lora_dropout
 target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern use_rslora modules_to_save
-fan_in_fan_out init_lora_weights"""
-INITS = (True, False, "gaussian", "orthogonal")  # those that leave the base as it is
+fan_in_fan_out"""  # settings of an adapter that may have any value
 
 
 def save_peft(
@@ -663,7 +658,6 @@ def save_peft(
     Conv1D, as GPT-2 does, `task_type` such as "CAUSAL_LM" for AutoPeftModel. ValueError, before a file is written:
     something that trains would be lost, or PEFT would not find a layer again.
     """
-    peft = extra("peft")
     held = set(flatlora.lora_parameters(model))
     lost = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
     if lost:
@@ -681,7 +675,7 @@ def save_peft(
             tensors[f"{PREFIX}{key}.weight"] = tensor.contiguous()
 
     first = next(iter(layers.values()))
-    config = peft.LoraConfig(r=first.r, lora_alpha=first.alpha, inference_mode=True)
+    config = extra("peft").LoraConfig(r=first.r, lora_alpha=first.alpha, inference_mode=True)
     config.target_modules = "|".join(map(re.escape, layers))  # of a list, PEFT would take "1" for the end of "3.1" too
     config.modules_to_save = sorted(whole) or None
     for name, layer in layers.items():
@@ -690,11 +684,9 @@ def save_peft(
             config.rank_pattern[pattern] = layer.r
         if layer.alpha != first.alpha:
             config.alpha_pattern[pattern] = layer.alpha
-
     with reading("such an adapter"):
-        expected = {name: (layer.r, layer.scaling) for name, layer in layers.items()}
-        if placed_by_peft(model, config, tensors) != (expected, whole):
-            raise ValueError("PEFT would put it on other layers")
+        loaded_by_peft(model, config, tensors)
+
     config.base_model_name_or_path = str(base_model)
     config.fan_in_fan_out = fan_in_fan_out
     config.task_type = task_type
@@ -708,7 +700,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     ValueError, before anything is changed: damaged files, more than plain LoRA, or the model has adapters.
     """
     peft = extra("peft")
-    if has_adapters(model):
+    if any(isinstance(module, flatlora.LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: load_peft takes a plain one")
     with reading(folder):
         check_plain_lora(json.loads(Path(folder, "adapter_config.json").read_text("utf-8")))
@@ -716,21 +708,26 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
         config.fan_in_fan_out = False  # this model has nn.Linear
         config.init_lora_weights = False
         tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
-        places, whole = placed_by_peft(model, config, tensors)
+        layers = loaded_by_peft(model, config, tensors)
 
         state = {}
+        whole = set()
         for key, tensor in tensors.items():
-            name = re.sub(r"(\.lora_[AB])\.weight$", r"\1", key.removeprefix(PREFIX))
+            name = key.removeprefix(PREFIX)
+            if ".lora_" in name:
+                name = name.removesuffix(".weight")
+            else:
+                whole.add(name.rpartition(".")[0])
             state[name] = tensor
 
-        rehearsal = without_memory(model)
-        inject_at(places, whole, rehearsal)
+        rehearsal = skeleton(model)
+        inject_like(layers, whole, rehearsal)
         trains = {name for name, p in rehearsal.named_parameters(remove_duplicate=False) if p.requires_grad}
-        unlike = trains ^ state.keys()
-        unlike -= dict(rehearsal.named_buffers()).keys()
+        buffers = dict(rehearsal.named_buffers())
+        unlike = (trains ^ state.keys()) - buffers.keys()
         if unlike:
             raise ValueError(f"PEFT's layers and those of inject_lora differ, as on a tied weight: {unlike}")
-    inject_at(places, whole, model)
+    inject_like(layers, whole, model)
     flatlora.load_lora_state_dict(model, state)
     return model
 
@@ -739,57 +736,42 @@ def check_plain_lora(given: Mapping[str, Any]) -> None:
     """ValueError: a setting by which PEFT computes something else, even one that this version does not know."""
     plain = extra("peft").LoraConfig().to_dict()
     for key, value in given.items():
-        if value and key not in FREE.split() and value != plain.get(key):
-            raise ValueError(f"{key}={value!r} is more than plain LoRA")
-    if given.get("init_lora_weights", True) not in INITS:
-        raise ValueError(f"init_lora_weights={given['init_lora_weights']!r} may have changed the base, too")
+        allowed = (plain.get(key), "gaussian", "orthogonal")  # two inits that leave the base as it is
+        if value and key not in FREE.split() and value not in allowed:
+            raise ValueError(f"{key}={value!r} is more than plain LoRA, or may have changed the base")
 
 
-Places = dict[str, tuple[int, float]]  # r and scaling of each layer
-
-
-def inject_at(places: Places, whole: set[str], model: nn.Module) -> None:
+def inject_like(layers: Mapping[str, Any], whole: set[str], model: nn.Module) -> None:
+    """One `inject_lora` for each rank and scaling of PEFT's layers."""
+    groups = defaultdict(list)
+    for name, layer in layers.items():
+        groups[layer.r["default"], layer.scaling["default"]].append(re.escape(name))
     heads = "|".join(map(re.escape, whole)) or ()
-    for r, scaling in set(places.values()):
-        names = [re.escape(name) for name, place in places.items() if place == (r, scaling)]
+    for (r, scaling), names in groups.items():
         flatlora.inject_lora(model, r, scaling * r, targets="|".join(names), modules_to_save=heads)
 
 
-def placed_by_peft(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> tuple[Places, set[str]]:
-    """Where PEFT puts an adapter, and the modules that it replaces whole. ValueError: it has no place for a tensor."""
+def loaded_by_peft(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """PEFT's layers, by name, after it has loaded an adapter into a copy. ValueError: it has no place for a tensor."""
     peft = extra("peft")
-    theirs = peft.PeftModel(without_memory(model), copy.deepcopy(config), low_cpu_mem_usage=True)
+    theirs = peft.PeftModel(skeleton(model), copy.deepcopy(config), low_cpu_mem_usage=True)
     result = peft.set_peft_model_state_dict(theirs, dict(tensors), low_cpu_mem_usage=True)
     missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
     if missing or result.unexpected_keys:
         raise ValueError(f"PEFT has no place or no tensor for {[*result.unexpected_keys, *missing][:3]}")
-
-    places = {}
-    whole = set()
-    for name, module in theirs.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            places[name.removeprefix(PREFIX)] = (module.r["default"], module.scaling["default"])
-        elif isinstance(module, peft.utils.ModulesToSaveWrapper):
-            whole.add(name.removeprefix(PREFIX))
-    return places, whole
+    return plain_peft_layers(theirs)
 
 
-def without_memory(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, without adapters and without torch's wrappers."""
-    memo: dict[int, Any] = {}
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy without numbers (on the meta device), without adapters and without a wrapper around the model."""
+    memo: dict[int, Any] = {}  # what the copy has in the place of each object
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.to("meta"), requires_grad=False)  # what a copy has in its place
-    copied = copy.deepcopy(unwrapped(model), memo)
-    for parent in list(copied.modules()):
-        for name, child in parent._modules.items():
-            parent._modules[name] = unwrapped(child)
-    return copied
-
-
-def unwrapped(module: Any) -> Any:
-    while type(module).__name__ in flatlora.WRAPPERS:
-        module = module._modules[flatlora.WRAPPERS[type(module).__name__]]
-    return module.base if isinstance(module, flatlora.LoRALinear) else module
+        memo[id(p)] = nn.Parameter(p.to("meta"), requires_grad=False)
+    for module in model.modules():
+        if isinstance(module, flatlora.LoRALinear):
+            memo[id(module)] = copy.deepcopy(module.base, memo)
+    inner = next(iter(flatlora.module_names(model)))
+    return copy.deepcopy(inner, memo)
 
 
 @contextmanager
@@ -806,7 +788,7 @@ def perturbed_peft(model: nn.Module, sigma: float, seed: Any) -> Iterator[None]:
         if sigma > 0:
             for name, layer in layers.items():
                 linear = as_linear(layer.base_layer)
-                noise = flatlora.draw_noise(peft_weight(layer, linear), sigma, seed, name)
+                noise = flatlora.draw_noise(merged_weight(layer, linear), sigma, seed, name)
                 layer.base_layer.forward = partial(flatlora.noisy_linear, linear=linear, noise=noise)
         yield
     finally:
@@ -852,7 +834,7 @@ def as_linear(base: Any) -> nn.Linear:
 
 
 @torch.no_grad()
-def peft_weight(layer: Any, linear: nn.Linear) -> Tensor:
+def merged_weight(layer: Any, linear: nn.Linear) -> Tensor:
     """W' (m, n), as `LoRALinear.merged_weight` computes it."""
     (adapter,) = layer.active_adapters
     weight = linear.weight.clone()
