@@ -5,10 +5,12 @@ import json
 import os
 import re
 import time
+from textwrap import indent
 
+import numpy as np
 import pytest
 import torch
-from running import ending, only, run
+from running import ending, results, run
 from torch import nn
 
 import flatlora
@@ -22,7 +24,6 @@ except Exception:  # under a torch before 2.6 transformers raises a NameError
 
 NAMES = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "down_proj"]}
 TOKENS = torch.randint(600, (2, 12), generator=torch.Generator().manual_seed(1))  # (B, T)
-CPU = torch.device("cpu")
 
 
 def fill(model, std=0.2, part=""):
@@ -63,7 +64,7 @@ def folder(tmp_path_factory):
 
 def ours(kind, folder):
     """The same as `theirs`, for flatlora."""
-    return train_gpt2.load_gpt2(str(folder), CPU)[0] if kind == "gpt2" else theirs(kind)
+    return train_gpt2.load_gpt2(str(folder))[0] if kind == "gpt2" else theirs(kind)
 
 
 def logits(model, tokens=TOKENS):
@@ -88,7 +89,7 @@ def test_a_missing_weight_is_an_error(folder, tmp_path):
     state.pop("transformer.h.1.attn.c_attn.bias")
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match=r"its weights are not those of GPT-2: .*c_attn\.bias"):
-        train_gpt2.load_gpt2(str(tmp_path), CPU)
+        train_gpt2.load_gpt2(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_settings_that_compute_something_else_are_an_error(change, folder, tmp_p
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(ValueError, match="its settings are not those of GPT-2"):
-        train_gpt2.load_gpt2(str(tmp_path), CPU)
+        train_gpt2.load_gpt2(str(tmp_path))
 
 
 def test_another_model_and_a_missing_one_end_in_one_line(tmp_path):
@@ -113,28 +114,47 @@ def test_another_model_and_a_missing_one_end_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "\n", "naïve Ünïcödé 日本 🤷🏽‍♀️ \r\n\x85 x'S  ", flatlora.__doc__])
 def test_text_survives_the_tokenizer(text, folder):
-    _, tokenizer = train_gpt2.load_gpt2(str(folder), CPU)
-    encode, decode = train_gpt2.encoding(tokenizer)
-    assert decode(encode(text.encode())) == text
+    _, tokenizer = train_gpt2.load_gpt2(str(folder))
+    tokens = train_gpt2.encode(tokenizer, text.encode())
+    assert train_gpt2.decode(tokenizer, tokens.tolist()) == text
 
 
-def test_a_folder_is_fine_tuned_sampled_and_served_by_peft(folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    words = ["--init", folder, "--text", flatlora.__file__, "--block-size=16", "--steps=2", "--lr=0.1", "--r=2"]
-    assert len(run(out, *words, "--peft", "--length=5")) == 4  # lora and flat
-    adapter = next(path for path in out.glob("flat-0-*") if path.is_dir())
+WORDS = ["--block-size=16", "--batch-size=2", "--grad-accum=1", "--steps=2", "--lr=0.1", "--r=2", "--eval-windows=4"]
+
+
+def test_a_folder_is_fine_tuned_and_served_by_peft_and_both_write_a_text(folder, tmp_path, capsys):
+    words = [*WORDS, "--init", folder, "--text", flatlora.__file__]
+    assert len(run(tmp_path, *words, "--peft", "--prompt=def test")) == 4  # lora and flat
+    printed = capsys.readouterr().out
+    adapter = next(path for path in tmp_path.glob("flat-0-*") if path.is_dir())
     served = peft.AutoPeftModelForCausalLM.from_pretrained(adapter).eval()  # which reads the base's folder in it
-    model, tokenizer = train_gpt2.load_gpt2(str(folder), CPU)
-    model = train_gpt2.restored(model, train_gpt2.load(adapter.with_suffix(".pt")))
+    base, tokenizer = train_gpt2.load_gpt2(str(folder))
+    model = train_gpt2.trainable(base, "flat", train_gpt2.Recipe(r=2, alpha=16.0)).eval()
+    train_gpt2.restore(model, train_gpt2.load(adapter.with_suffix(".pt"))["trained"])
     assert same(model, served)
     assert not same(model, theirs())
 
-    encode, decode = train_gpt2.encoding(tokenizer)
-    tokens = encode(b"def test")
-    text = decode([*tokens, *train_gpt2.generate(model, tokens, 20)])
-    capsys.readouterr()
-    run(out, "--sample", only(out, "flat-0-*.pt"), "--prompt", "def test", "--length=20")
-    assert capsys.readouterr().out == text + "\n"
+    for name, one in {"base": base, "flat": model}.items():
+        tokens = train_gpt2.encode(tokenizer, b"def test").tolist()
+        text = train_gpt2.decode(tokenizer, train_gpt2.generate(one, tokens, 200))
+        assert f"{name} writes:\n\n{indent(text, '    ')}\n" in printed
+
+
+def test_files_of_nanogpt_are_used(folder, tmp_path):
+    """Every window lies in train.bin, and the losses of the base are those of the halves of val.bin."""
+    files = [np.random.default_rng(k).integers(300 * k, 300 * k + 300, 500, dtype=np.uint16) for k in (0, 1)]
+    files[0].tofile(tmp_path / "train.bin")
+    files[1].tofile(tmp_path / "val.bin")
+    steps = run(tmp_path / "out", *WORDS, "--init", folder, "--data", tmp_path)
+    for _, _, batches, _ in steps:
+        for x in batches[0][0]:
+            assert x.numpy().astype(np.uint16).tobytes() in files[0].tobytes()
+    model = ours("gpt2", folder)
+    for name, part in {"val": files[1][:250], "test": files[1][250:]}.items():
+        data = {key: torch.from_numpy(part) for key in ("val", "test", "ood")}
+        recipe = train_gpt2.Recipe(block_size=16, batch_size=2, eval_windows=4)
+        expected = train_gpt2.losses(model, data, recipe)["val_loss"]
+        assert results(tmp_path / "out")["runs"][0][f"{name}_loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_missing_extra_is_named_before_the_first_step(monkeypatch, tmp_path):
