@@ -406,9 +406,7 @@ def restore(model: nn.Module, state: Tensors) -> None:
     model.load_state_dict(state, strict=False)  # strict would ask for the frozen weights
 
 
-def train(
-    base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int, file: Path, bar: tqdm
-) -> tuple[GPT, dict[str, Any]]:
+def train(base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int, file: Path) -> tuple[GPT, dict[str, Any]]:
     """A trained copy of the base in evaluation mode, and its log: the loss of each step, and seconds.
 
     Goes on from `file`, which is kept up to date. All that a step draws follows from (seed, step, rank), so the
@@ -428,15 +426,16 @@ def train(
             first = len(log["loss"])
             if "optimizer" in content:  # else the run is finished
                 optimizer.load_state_dict(content["optimizer"])
-    bar.update(first)
     if 0 < first < recipe.steps:
-        say(f"{method}, seed {seed}: goes on from step {first}")
+        say(f"{file.stem} goes on from step {first}")
 
     net = model.train()
     if WORLD > 1:
         net = nn.parallel.DistributedDataParallel(model)
     saved_at = time.monotonic()
-    for step in range(first, recipe.steps):
+    steps = range(first, recipe.steps)
+    bar = tqdm(steps, file.stem, recipe.steps, leave=False, initial=first, disable=RANK > 0)
+    for step in bar:
         draw = np.random.default_rng([seed, step, RANK])  # which no method can disturb
         starts = draw.integers(len(data) - recipe.block_size, size=(recipe.grad_accum, recipe.batch_size))
         torch.manual_seed(int(draw.integers(2**63)))  # for dropout
@@ -447,7 +446,6 @@ def train(
         log["seconds"] += time.perf_counter() - begin
         log["loss"].append(loss)
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        bar.update()
 
         due = step + 1 == recipe.steps or time.monotonic() > saved_at + CHECKPOINT_SECONDS
         if due:
@@ -842,20 +840,17 @@ def compare(args: Namespace) -> None:
         base = pretrained(base, args)
 
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-    total = args.seeds * len(args.methods) * recipe.steps
     models = {"base": base}  # of the first seed
-    with tqdm(desc="base", total=total, leave=False, disable=RANK > 0) as bar:
-        runs = [{"method": "base", "seed": 0, **losses(base, data, recipe)}]
-        for seed in range(args.seeds):
-            for method in args.methods:
-                bar.set_description(f"{method}, seed {seed}")
-                file = run_file(args.out, base, method, data, recipe, seed)
-                model, log = finished_run(base, method, data, recipe, seed, file, bar)
-                say(summary(log))
-                if args.peft and RANK == 0:
-                    save_peft(model, file.with_suffix(""), args.init, fan_in_fan_out=True, task_type="CAUSAL_LM")
-                runs.append(log["result"])
-                models.setdefault(method, model)
+    runs = [{"method": "base", "seed": 0, **losses(base, data, recipe)}]
+    for seed in range(args.seeds):
+        for method in args.methods:
+            file = run_file(args.out, base, method, data, recipe, seed)
+            model, log = finished_run(base, method, data, recipe, seed, file)
+            say(summary(log))
+            if args.peft and RANK == 0:
+                save_peft(model, file.with_suffix(""), args.init, fan_in_fan_out=True, task_type="CAUSAL_LM")
+            runs.append(log["result"])
+            models.setdefault(method, model)
 
     if RANK > 0:
         return
@@ -866,7 +861,7 @@ def compare(args: Namespace) -> None:
     write(results, json.dumps(content, indent=1, default=str).encode())
     print(f"{text}\n\nNumbers: {results}; adapters: beside it.")
 
-    prompt = encode(tokenizer, args.prompt.encode()).tolist()
+    prompt = encode(tokenizer, (args.prompt or "\n").encode()).tolist()
     shown = "flat" if "flat" in models else method
     for name in ("base", shown):
         words = decode(tokenizer, generate(models[name], prompt, 200))
@@ -885,16 +880,15 @@ def pretrained(base: GPT, args: Namespace) -> GPT:
     data = encode(None, text.encode())
     recipe = Recipe(args.pretrain_steps, 3e-3, args.batch_size, block_size=args.block_size, dtype=args.dtype)
     file = run_file(args.out, base, "base", {"train": data}, recipe, 0)
-    with tqdm(desc="pre-training, once", total=recipe.steps, leave=False, disable=RANK > 0) as bar:
-        base, _ = train(base, "full", data, recipe, 0, file, bar)
+    base, _ = train(base, "full", data, recipe, 0, file)
     return base
 
 
 def finished_run(
-    base: GPT, method: str, data: Tensors, recipe: Recipe, seed: int, file: Path, bar: tqdm
+    base: GPT, method: str, data: Tensors, recipe: Recipe, seed: int, file: Path
 ) -> tuple[GPT, dict[str, Any]]:
     """The trained model and its log with the result, which are read from the file of a finished run."""
-    model, log = train(base, method, data["train"], recipe, seed, file, bar)
+    model, log = train(base, method, data["train"], recipe, seed, file)
     if "result" not in log:
         result = {"method": method, "seed": seed, **losses(model, data, recipe)}
         result["sharpness"] = sharpness(model, data, recipe)
