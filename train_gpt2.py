@@ -657,9 +657,16 @@ def save_peft(
         tensors[PREFIX + key] = tensor.contiguous()
 
     first = next(iter(layers.values()))
-    config = extra("peft").LoraConfig(r=first.r, lora_alpha=first.alpha, inference_mode=True)
-    config.target_modules = either(layers)  # of a list, PEFT would take "1" for the end of "3.1" too
-    config.modules_to_save = sorted(whole) or None
+    config = extra("peft").LoraConfig(
+        base_model_name_or_path=str(base_model),
+        task_type=task_type,
+        inference_mode=True,
+        r=first.r,
+        lora_alpha=first.alpha,
+        target_modules=either(layers),  # of a list, PEFT would take "1" for the end of "3.1" too
+        modules_to_save=sorted(whole) or None,
+        fan_in_fan_out=fan_in_fan_out,
+    )
     for name, layer in layers.items():
         pattern = f"^{re.escape(name)}"  # without ^ "0" would fit "1.0" too
         if layer.r != first.r:
@@ -669,9 +676,6 @@ def save_peft(
     with reading("such an adapter"):
         loaded_by_peft(model, config, tensors)
 
-    config.base_model_name_or_path = str(base_model)
-    config.fan_in_fan_out = fan_in_fan_out
-    config.task_type = task_type
     config.save_pretrained(folder)
     extra("safetensors.torch").save_file(tensors, Path(folder, "adapter_model.safetensors"), {"format": "pt"})
 
@@ -682,7 +686,9 @@ def loaded_by_peft(model: nn.Module, config: Any, tensors: Tensors) -> dict[str,
     ValueError: PEFT, which finds layers by rules of its own, would leave a tensor or a layer out.
     """
     peft = extra("peft")
-    theirs = peft.PeftModel(skeleton(model), copy.deepcopy(config), low_cpu_mem_usage=True)
+    config = copy.deepcopy(config)
+    config.fan_in_fan_out = False  # the copy has nn.Linear
+    theirs = peft.PeftModel(skeleton(model), config, low_cpu_mem_usage=True)
     result = peft.set_peft_model_state_dict(theirs, dict(tensors), low_cpu_mem_usage=True)
     wrong = list(result.unexpected_keys)
     for key in result.missing_keys:
@@ -716,7 +722,6 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     with reading(folder):
         check_plain_lora(json.loads(Path(folder, "adapter_config.json").read_text("utf-8")))
         config = peft.LoraConfig.from_pretrained(str(folder))
-        config.fan_in_fan_out = False  # this model has nn.Linear
         tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
         layers = loaded_by_peft(model, config, tensors)
 
