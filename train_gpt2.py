@@ -416,16 +416,8 @@ def train(base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int, file:
     model = trainable(base, method, recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(parameters, recipe.lr, (0.9, 0.95), weight_decay=0.0)
-    log: dict[str, Any] = {"loss": [], "seconds": 0.0}
-    first = 0
-    if file.exists():
-        content = load(file)
-        with reading(file):
-            restore(model, content["trained"])
-            log = content["log"]
-            first = len(log["loss"])
-            if "optimizer" in content:  # else the run is finished
-                optimizer.load_state_dict(content["optimizer"])
+    log = resume(file, model, optimizer)
+    first = len(log["loss"])
     if 0 < first < recipe.steps:
         say(f"{file.stem} goes on from step {first}")
 
@@ -452,6 +444,18 @@ def train(base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int, file:
             save(file, {"trained": trained(model), "log": log, "optimizer": optimizer.state_dict()})
             saved_at = time.monotonic()
     return model.eval(), log
+
+
+def resume(file: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Copy in what the file of the run holds, if it is there. Returns the log."""
+    if not file.exists():
+        return {"loss": [], "seconds": 0.0}
+    content = load(file)
+    with reading(file):
+        restore(model, content["trained"])
+        if "optimizer" in content:  # else the run is finished
+            optimizer.load_state_dict(content["optimizer"])
+        return content["log"]
 
 
 def take_step(

@@ -236,7 +236,7 @@ def test_a_damaged_file_is_named(name, out):
     content = victim.read_bytes()
     rng = random.Random(0)
     cases = [content[: rng.randrange(len(content))] for _ in range(10)] + [rng.randbytes(n * n) for n in range(10)]
-    for change in ({"trained": {}}, {"trained": None}, {"trained": {"x": torch.ones(1)}}, {"log": {}}):
+    for change in ({"trained": {}}, {"trained": None}, {"trained": {"x": torch.ones(1)}}):
         torch.save(train_gpt2.load(only(out, name)) | change, out / "other")
         cases.append((out / "other").read_bytes())
     for case in [*cases, *map(pickle.dumps, (None, {}, {"base": 1}, [1, 2]))]:
