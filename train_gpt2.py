@@ -235,10 +235,11 @@ def check_same_function(ours: GPT, theirs: nn.Module) -> None:
 
 def encode(tokenizer: Any, text: bytes) -> Tensor:
     """Token ids (N,), by a tokenizer of transformers. Without one, a token is a byte."""
-    ids = list(text)
     if tokenizer:
         whole = text.decode("utf-8", "ignore")  # without half a character at a cut
         ids = tokenizer.encode(whole, add_special_tokens=False)
+    else:
+        ids = list(text)
     return torch.tensor(ids, dtype=torch.int32)
 
 
@@ -687,7 +688,7 @@ def save_peft(
 def loaded_by_peft(model: nn.Module, config: Any, tensors: Tensors) -> dict[str, Any]:
     """The layers of a copy, by name, into which PEFT has loaded the adapter.
 
-    ValueError: PEFT, which finds layers by rules of its own, would leave a tensor or a layer out.
+    ValueError: PEFT, which finds layers by rules of its own, has a tensor too many or too few, or does more than LoRA.
     """
     peft = extra("peft")
     config = copy.deepcopy(config)
@@ -696,7 +697,7 @@ def loaded_by_peft(model: nn.Module, config: Any, tensors: Tensors) -> dict[str,
     result = peft.set_peft_model_state_dict(theirs, dict(tensors), low_cpu_mem_usage=True)
     wrong = list(result.unexpected_keys)
     for key in result.missing_keys:
-        if "lora_" in key or "modules_to_save" in key:
+        if "lora_" in key or "modules_to_save" in key:  # the rest is the base
             wrong.append(key)
     if wrong:
         raise ValueError(f"PEFT has no place or no tensor for {wrong[:3]}")
@@ -868,7 +869,7 @@ def compare(args: Namespace) -> None:
     results = run_file(args.out, base, "results", data, recipe, args.seeds).with_suffix(".json")
     content = {"torch": torch.__version__, "options": vars(args), "runs": runs, "report": text}
     write(results, json.dumps(content, indent=1, default=str).encode())
-    print(f"{text}\n\nNumbers: {results}; adapters: beside it.")
+    print(f"{text}\n\nNumbers: {results}, beside the adapters of each run.")
 
     prompt = encode(tokenizer, (args.prompt or "\n").encode()).tolist()
     shown = "flat" if "flat" in models else method

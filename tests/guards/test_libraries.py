@@ -221,6 +221,13 @@ def test_a_classification_head_goes_to_peft_and_back(tmp_path):
     assert same(train_gpt2.load_peft(make(), tmp_path), model)
     assert not same(make(), model)
 
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.load_file(path)
+    del tensors["base_model.model.score.weight"]
+    safetensors.save_file(tensors, path)
+    with pytest.raises(ValueError, match="PEFT has no place or no tensor for .*score"):
+        train_gpt2.load_peft(make(), tmp_path)
+
 
 def test_a_short_name_does_not_lend_its_rank_to_a_longer_one(tmp_path):
     def make():
@@ -295,16 +302,20 @@ def of_another_shape(tensors):
     tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"] = torch.ones(3, 16)
 
 
-@pytest.mark.parametrize("change", [without_a, with_another, of_another_shape])
-def test_missing_and_unexpected_tensors_are_an_error_and_change_nothing(change, tmp_path):
+CHANGES = {"no tensor for .*q_proj.lora_A": without_a, "no tensor for .*o_proj.lora_A": with_another}
+CHANGES |= {"size mismatch for .*q_proj.lora_A": of_another_shape}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_missing_and_unexpected_tensors_are_an_error_and_change_nothing(words, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], rank_pattern={"layers.0.self_attn.q_proj": 3})
     peft.get_peft_model(theirs("llama"), config).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = safetensors.load_file(path)
-    change(tensors)
+    CHANGES[words](tensors)
     safetensors.save_file(tensors, path)
     model = theirs("llama")
-    with pytest.raises(ValueError, match=r"cannot be used: .*layers\.1\.self_attn"):
+    with pytest.raises(ValueError, match=words):
         train_gpt2.load_peft(model, tmp_path)
     assert not any(isinstance(module, flatlora.LoRALinear) for module in model.modules())
     assert all(p.requires_grad for p in model.parameters())
