@@ -688,19 +688,15 @@ def save_peft(
 def loaded_by_peft(model: nn.Module, config: Any, tensors: Tensors) -> dict[str, Any]:
     """The layers of a copy, by name, into which PEFT has loaded the adapter.
 
-    ValueError: PEFT, which finds layers by rules of its own, has a tensor too many or too few, or does more than LoRA.
+    ValueError: PEFT, which finds layers by rules of its own, has no place for a tensor, or does more than plain LoRA.
     """
     peft = extra("peft")
     config = copy.deepcopy(config)
     config.fan_in_fan_out = False  # the copy has nn.Linear
     theirs = peft.PeftModel(skeleton(model), config, low_cpu_mem_usage=True)
     result = peft.set_peft_model_state_dict(theirs, dict(tensors), low_cpu_mem_usage=True)
-    wrong = list(result.unexpected_keys)
-    for key in result.missing_keys:
-        if "lora_" in key or "modules_to_save" in key:  # the rest is the base
-            wrong.append(key)
-    if wrong:
-        raise ValueError(f"PEFT has no place or no tensor for {wrong[:3]}")
+    if result.unexpected_keys:
+        raise ValueError(f"PEFT has no place for {result.unexpected_keys[:3]}")
     return plain_peft_layers(theirs)
 
 
@@ -741,7 +737,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
         trains = {name for name, p in rehearsal.named_parameters(remove_duplicate=False) if p.requires_grad}
         unlike = trains ^ (state.keys() - dict(rehearsal.named_buffers()))
         if unlike:
-            raise ValueError(f"inject_lora would train something else, as on a tied weight: {unlike}")
+            raise ValueError(f"its tensors are not all that would train here, as on a tied weight: {unlike}")
     inject_like(layers, whole, model)
     flatlora.load_lora_state_dict(model, state)
     return model
