@@ -216,6 +216,7 @@ def load_gpt2(init: str) -> tuple[GPT, Any]:
         for name, weight in state.items():
             if name.endswith(tuple(f"{target}.weight" for target in TARGETS)):
                 state[name] = weight.t().contiguous()  # Hugging Face's Conv1D holds it transposed
+
         model.load_state_dict(state, assign=True)
         model.tie()
         check_same_function(model, theirs)
@@ -417,6 +418,7 @@ def train(base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int, file:
     model = trainable(base, method, recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(parameters, recipe.lr, (0.9, 0.95), weight_decay=0.0)
+
     log = resume(file, model, optimizer)
     first = len(log["loss"])
     if 0 < first < recipe.steps:
@@ -434,6 +436,7 @@ def train(base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int, file:
         torch.manual_seed(int(draw.integers(2**63)))  # for dropout
         batches = [windows(data, places, recipe.block_size, base.device) for places in starts]
         optimizer.param_groups[0]["lr"] = learning_rate(step, recipe.steps, recipe.lr)
+
         begin = time.perf_counter()
         loss = take_step(net, method, batches, optimizer, recipe, seed, step)
         log["seconds"] += time.perf_counter() - begin
@@ -693,6 +696,7 @@ def loaded_by_peft(model: nn.Module, config: Any, tensors: Tensors) -> dict[str,
     peft = extra("peft")
     config = copy.deepcopy(config)
     config.fan_in_fan_out = False  # the copy has nn.Linear
+
     theirs = peft.PeftModel(skeleton(model), config, low_cpu_mem_usage=True)
     result = peft.set_peft_model_state_dict(theirs, dict(tensors), low_cpu_mem_usage=True)
     if result.unexpected_keys:
@@ -708,6 +712,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, flatlora.LoRALinear):
             memo[id(module)] = copy.deepcopy(module.base, memo)
+
     inner = next(iter(flatlora.module_names(model)))
     return copy.deepcopy(inner, memo)
 
@@ -776,6 +781,7 @@ def perturbed_peft(model: nn.Module, sigma: float, seed: Any) -> Iterator[None]:
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
     layers = plain_peft_layers(model)
+
     try:
         if sigma > 0:
             for name, layer in layers.items():
@@ -796,6 +802,7 @@ def plain_peft_layers(model: nn.Module) -> dict[str, Any]:
     for layer, name in flatlora.module_names(model).items():
         if not isinstance(layer, lora.LoraLayer):
             continue
+
         base = layer.base_layer
         active = layer.active_adapters
         is_linear = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
@@ -846,7 +853,7 @@ def compare(args: Namespace) -> None:
         base = pretrained(base, args)
 
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-    models = {"base": base}  # of the first seed
+    models = {"base": base}  # of the first seed, to write a text
     runs = [{"method": "base", "seed": 0, **losses(base, data, recipe)}]
     for seed in range(args.seeds):
         for method in args.methods:
@@ -860,8 +867,9 @@ def compare(args: Namespace) -> None:
 
     if RANK > 0:
         return
-    texts = args.text or [args.data or "Python's package email"]
-    text = report(runs, f"GPT-2 fine-tuned on {', '.join(map(str, texts))}.")
+
+    sources = args.text or [args.data or "Python's package email"]
+    text = report(runs, f"GPT-2 fine-tuned on {', '.join(map(str, sources))}.")
     results = run_file(args.out, base, "results", data, recipe, args.seeds).with_suffix(".json")
     content = {"torch": torch.__version__, "options": vars(args), "runs": runs, "report": text}
     write(results, json.dumps(content, indent=1, default=str).encode())
@@ -920,6 +928,7 @@ def parsed() -> Namespace:
     add("--prompt", default="def ", help="what the texts continue (%(default)r)")
     add("--text", type=Path, nargs="+", metavar="FILE", help="fine-tune on these (sources of the package email)")
     add("--ood", type=Path, nargs="+", metavar="FILE", help="the other text (sources of asyncio)")
+
     add("--init", metavar="MODEL", help="gpt2 to gpt2-xl or a folder; changes the defaults, see --init MODEL -h")
     add("--data", type=Path, metavar="DIR", help="with --init: nanoGPT's train.bin and val.bin instead of --text")
     add("--peft", action="store_true", help="with --init: also write each adapter for PEFT, in a folder beside it")
@@ -930,13 +939,14 @@ def parsed() -> Namespace:
     add = parser.add_argument_group("fine-tuning").add_argument
     for f in fields(Recipe):
         add(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, **f.metadata)
+
     if any(word.partition("=")[0] == "--init" for word in sys.argv):
         parser.set_defaults(methods=["lora", "flat"], seeds=1, eval_windows=32)
         parser.set_defaults(lr=2e-4, batch_size=4, grad_accum=4, block_size=256)
         parser.set_defaults(r=8, alpha=16.0, sigma=0.05, rho=0.05)
     args = parser.parse_args()
 
-    args.methods = list(dict.fromkeys(args.methods))
+    args.methods = list(dict.fromkeys(args.methods))  # each once
     args.device = torch.device("cpu")
     if torch.cuda.is_available():
         args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -952,12 +962,14 @@ def check(args: Namespace) -> None:
         if type(value) in (int, float) and not low <= value <= 10**6:
             raise ValueError(f"--{name.replace('_', '-')} must be from {low} to 1000000, got {value}")
     flatlora.LoRALinear(nn.Linear(1, 1), 1, args.alpha, args.lora_dropout)  # raises what it does not take
+
     if args.peft and not args.init:
         raise ValueError("--peft needs --init: PEFT loads adapters onto a model that it can find")
     if args.data and not args.init:
         raise ValueError("--data needs --init: nanoGPT's files hold the tokens of GPT-2")
     if args.data and args.text:
         raise ValueError("--data takes the place of --text: give one of them")
+
     if args.peft:
         extra("peft")
     args.out.mkdir(parents=True, exist_ok=True)
