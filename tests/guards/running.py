@@ -16,9 +16,9 @@ import train_gpt2
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells turn Ctrl-C off in background jobs
 
 TINY = ["--n-layer=1", "--n-embd=16", "--block-size=16", "--batch-size=2", "--r=2", "--eval-windows=4", "--lr=0.05"]
-TINY += ["--pretrain-steps=2", "--steps=3", "--seeds=1", "--length=4", "--methods"]
+TINY += ["--pretrain-steps=2", "--steps=3", "--seeds=1", "--methods"]
 PRETRAINING = 2  # steps, which come first
-BARE = argparse.Namespace(init=None, data=None, text=None, ood=None, block_size=16)  # what TINY asks of `load_data`
+BARE = argparse.Namespace(data=None, text=None, ood=None, block_size=16)  # what TINY asks of `load_data`
 STEPS = {"flat_lora_step": flatlora, "sam_step": flatlora, "plain_step": train_gpt2}
 
 
@@ -65,8 +65,8 @@ def only(out, pattern):
     return path
 
 
-def results(out):
-    return json.loads(only(out, "results-*.json").read_text())
+def results(out, seeds="*"):
+    return json.loads(only(out, f"results-{seeds}-*.json").read_text())
 
 
 def base_of(out):
