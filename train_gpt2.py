@@ -326,7 +326,7 @@ def check_ids(ids: np.ndarray, config: GPTConfig, block_size: int) -> None:
         raise ValueError(f"it has the token {ids.max()}, the model only {config.vocab_size} of them")
 
 
-def windows(data: Tensor, starts: Any, block_size: int, device: torch.device) -> Batch:
+def windows(data: Tensor, starts: Any, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and next-token targets from the given places: (B, T), (B, T). By numpy: torch cannot index uint16."""
     at = np.asarray(starts)[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     tokens = torch.from_numpy(data.numpy()[at].astype(np.int64)).to(device)  # (B, T + 1)
@@ -459,7 +459,10 @@ def resume(file: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]
         restore(model, content["trained"])
         if "optimizer" in content:  # else the run is finished
             optimizer.load_state_dict(content["optimizer"])
-        return content["log"]
+        log = content["log"]
+        if not log.keys() >= {"loss", "seconds"}:
+            raise ValueError("it has no log of a run")
+    return log
 
 
 def take_step(

@@ -301,6 +301,8 @@ def test_a_file_with_wrong_content_is_named(name, out):
     for wrong in ({}, None, {"x": torch.ones(1)}):
         torch.save(content | {"trained": wrong}, victim)
         check_named(victim, out)
+    torch.save(content | {"log": {}}, victim)
+    check_named(victim, out)
 
 
 class Hostile:
