@@ -162,9 +162,9 @@ def front_claims(results: Results) -> str:
     body = []
     for claim in CLAIMS:
         if claim.letter in FRONT:
-            said, number, n = found.get(claim.letter, ("not tested", "", ""))
-            body.append([claim.says, f"**{said}**", number, n])
-    return markdown(["claim", "here", "number, 95 % interval", "n"], body, words=2)
+            said, number, _ = found.get(claim.letter, ("not tested", "", ""))
+            body.append([claim.says, f"**{said}**", number])
+    return markdown(["claim", "here", "number, 95 % interval"], body, words=2)
 
 
 def rows_table(results: Results, name: str, columns: Sequence[Column], wanted: Sequence[str] = ("",)) -> str:
