@@ -233,7 +233,7 @@ def cost(results: Results) -> str:
         drift = f"{100 * found['drift'][method]['bf16']:.2g} %"
         body.append([label, *times, f"{above:.2f}", drift])
     head = ["", *shapes, "memory", f"drift, {found['steps']} steps"]
-    return f"{markdown(head, body)}\n\n{found['machine']}."
+    return markdown(head, body)
 
 
 def all_costs(results: Results) -> str:
