@@ -39,6 +39,12 @@ def rows_of(runs: Runs, beginning: str) -> list[str]:
     return [row for row in packages_rows() if row.startswith(beginning) and row in ran and row != "sigma 0"]
 
 
+def lowest_validation(runs: Runs, rows: list[str]) -> int:
+    """The place of the row that its validation loss would choose; 0 is LoRA."""
+    losses = [contrast(runs, [(1, row, "val_loss")]).mean() for row in ["sigma 0", *rows]]
+    return losses.index(min(losses))
+
+
 def draw_strengths(panel: Any, runs: Runs, colours: list[str], metric: str) -> None:
     """Each curve from LoRA, at strength 0, to its strongest row."""
     for (name, beginning), colour in zip(CURVES.items(), colours):
@@ -46,10 +52,12 @@ def draw_strengths(panel: Any, runs: Runs, colours: list[str], metric: str) -> N
         points = [(0.0, 0.0), *(change(runs, row, metric) for row in rows)]
         means, halves = zip(*points)
         panel.errorbar(range(len(points)), means, yerr=halves, color=colour, marker="o", markersize=3, label=name)
+        chosen = lowest_validation(runs, rows)
+        panel.plot(chosen, means[chosen], "o", color=colour, markersize=7)
         for place, row in enumerate(rows, start=1):
             strength = row.removeprefix(beginning)
             panel.annotate(strength, (place, means[place]), xytext=(3, 3), textcoords="offset points", fontsize=6)
-    panel.set_xlabel("strength, from none to the strongest tried")
+    panel.set_xlabel("strength, from none to the strongest tried;\nlarge dot: chosen by the validation loss")
     panel.set_xticks([])
 
 
@@ -67,7 +75,7 @@ def draw_trade(panel: Any, runs: Runs, colours: list[str]) -> None:
         y, _ = change(runs, "trained in 3 bits", "test_loss", "rise_3_bits")
         panel.plot(x, y, "s", color=panel.spines["left"].get_edgecolor(), markersize=4)
         panel.annotate("trained in 3 bits", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    panel.set_xlabel("test loss before rounding, against LoRA's")
+    panel.set_xlabel("before rounding: test loss, change against LoRA's;\nup: the same after rounding")
 
 
 def draw(pyplot: Any, runs: Runs, theme: str) -> None:
@@ -79,9 +87,9 @@ def draw(pyplot: Any, runs: Runs, theme: str) -> None:
         draw_strengths(panels[0], runs, colours, "test_loss")
         draw_strengths(panels[1], runs, colours, "other_loss")
         draw_trade(panels[2], runs, colours)
-        panels[0].set_title("Test loss: below 0 is better than LoRA")
-        panels[1].set_title("Loss on the next package")
-        panels[2].set_title("After rounding to 3 bits: lower is better")
+        panels[0].set_title("Test loss, change against LoRA's")
+        panels[1].set_title("The same on the next package")
+        panels[2].set_title("After rounding to 3 bits, against before")
         for panel in panels:
             panel.axhline(0, color=ink, linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
