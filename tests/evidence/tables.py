@@ -45,7 +45,7 @@ GAP: Column = ("test - training", ((1, "test_loss"), (-1, "train_loss")), 4)
 TRAINING: Column = ("training loss", ((1, "train_loss"),), 4)
 SHARP: Column = ("rise, sigma 0.1", ((1, "rise_0.1"),), 4)
 RISES: list[Column] = [(f"sigma {sigma}", ((1, f"rise_{sigma}"),), 4) for sigma in (0.05, 0.1, 0.2, 0.3)]
-SECONDS: Column = ("seconds", ((1, "seconds"),), 0)
+LORA = "sigma 0"  # the row of plain LoRA
 
 
 # ---- Numbers -------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def best(runs: Runs, family: str) -> str:
     """The row of a family with the lowest mean validation loss."""
     means = {}
     for row in dict.fromkeys(row for row, _ in runs):
-        if row.startswith(FAMILIES[family]) and row != "sigma 0":
+        if row.startswith(FAMILIES[family]) and row != LORA:
             means[row] = contrast(runs, [(1, row, "val_loss")]).mean()
     return min(means, key=means.get, default=family)
 
@@ -167,23 +167,24 @@ def front_claims(results: Results) -> str:
     return markdown(["claim", "here", "number, 95 % interval"], body, words=2)
 
 
-def rows_table(results: Results, name: str, columns: Sequence[Column], wanted: Sequence[str] = ("",)) -> str:
+def rows_table(results: Results, name: str, columns: Sequence[Column], wanted: str = "") -> str:
     """The means of LoRA, then what the other rows differ from them, paired by seed, with 95 % intervals.
 
-    `wanted` are the beginnings of the rows to show.
+    `wanted` is a regular expression for the rows to show.
     """
     runs = results[name]
     if not runs:
         return "Not measured yet."
-    base = "sigma 0"
     body = []
     for row in ROWS[name]():
-        if row != base and not row.startswith(tuple(wanted)):
+        if row != LORA and not re.match(wanted, row):
             continue
-        own = f"rank {row.split()[1]} sigma 0" if row.startswith("rank") else base
-        cells = cells_of(runs, row, own.replace(" sigma", ", sigma"), columns)
+        base = LORA
+        if row.startswith("rank"):
+            base = row.replace("sigma 0.1", "sigma 0")  # LoRA of the same rank, whose own row has its means
+        cells = cells_of(runs, row, base, columns)
         if cells:
-            body.append([row if row != base else "LoRA", *cells])
+            body.append(["LoRA" if row == LORA else row, *cells])
     head = [f"{name}, change against LoRA", *(title for title, _, _ in columns), "n"]
     return markdown(head, body) + "\n\n" + caption(results, name)
 
@@ -262,16 +263,17 @@ def front() -> Tables:
 def blocks() -> Tables:
     """The tables of README.md here: between `<!-- table NAME -->` and `<!-- end -->`."""
     table = functools.partial
-    curves = ("sigma", "SAM", "dropout", "trained")
-    choices = ("constant", "one std")
+    curves = "sigma|SAM|dropout|trained"
+    choices = "constant|one std|sigma 0.[36]$"
+    ranks = "rank|sigma 0.1$"
     return {
         "claims": claims_table,
         "movies": table(rows_table, name="movies", columns=ACCURACY),
         "movies losses": table(rows_table, name="movies", columns=[TEST, TRAINING, GAP, RISE_BITS]),
         "movies rises": table(rows_table, name="movies", columns=RISES),
-        "packages": table(rows_table, name="packages", columns=[TEST, OTHER, OLD, ROUNDED, SECONDS], wanted=curves),
+        "packages": table(rows_table, name="packages", columns=[TEST, OTHER, OLD, RISE_BITS, ROUNDED], wanted=curves),
         "packages gaps": table(rows_table, name="packages", columns=[TRAINING, GAP, *RISES], wanted=curves),
-        "packages ranks": table(rows_table, name="packages", columns=[TEST, OTHER, ROUNDED], wanted=("rank",)),
+        "packages ranks": table(rows_table, name="packages", columns=[TEST, OTHER, ROUNDED], wanted=ranks),
         "packages choices": table(rows_table, name="packages", columns=[TEST, OTHER, ROUNDED], wanted=choices),
         "toy": table(rows_table, name="toy", columns=[TEST, OTHER, GAP, SHARP, ROUNDED]),
         "variance": variance_table,
