@@ -36,7 +36,7 @@ CLAIMS = [
     ),
     Claim(
         "B",
-        "Better out of domain, more so under stronger shift: on CIFAR-100-C +1.4 points at severity 1, +3.6 at 5",
+        "Better out of domain, more under stronger shift (CIFAR-100-C: +1.4 to +3.6 points)",
         "movies: gain of accuracy under typos of severity 5 less that under severity 1, sigma 0.1",
         "movies",
         (
@@ -145,7 +145,7 @@ CLAIMS = [
     ),
     Claim(
         "K",
-        "(ours) Merged weights trained under strong noise lose less in rounding to 3 bits",
+        "(ours) After strong noise, rounding to 3 bits costs less",
         "packages: how much less rounding raises the test loss, sigma 0.3 against LoRA",
         "packages",
         ((1, "sigma 0", "rise_3_bits"), (-1, "sigma 0.3", "rise_3_bits")),

@@ -288,7 +288,7 @@ def rendered(readme: str, results: Results, tables: Tables) -> str:
         raise ValueError(f"README.md must have the tables {sorted(tables)} once each, it has {sorted(parts[2::4])}")
     text = parts[0]
     for opening, name, end, rest in zip(parts[1::4], parts[2::4], parts[3::4], parts[4::4]):
-        text += f"{opening}\n{tables[name](results)}\n\n{end}{rest}"
+        text += f"{opening}{tables[name](results)}\n{end}{rest}"
     return text
 
 

@@ -264,8 +264,17 @@ def test_the_pages_show_the_runs(page: Path) -> None:
     assert tables.rendered(text, tables.load_results(), PAGES[page]) == text, "study.py tables mends it"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=["evidence", "front"])
+def test_numbers_in_sentences_are_those_of_tables(page: Path) -> None:
+    between_marks = r"<!-- table .*?<!-- end -->"
+    shown = "".join(re.findall(between_marks, (study.HERE / "README.md").read_text("utf-8"), flags=re.S))
+    sentences = re.sub(between_marks, "", page.read_text("utf-8"), flags=re.S)
+    for number in re.findall(r"[-+][\d.]+\s±[\d.]+\d", sentences):
+        assert f" {number.replace(chr(10), ' ')} " in shown, number
+
+
 def test_a_table_is_written_anew_between_its_marks() -> None:
-    page = "a\n<!-- table one -->\n\n1.5\n\n<!-- end -->\nb"
+    page = "a\n<!-- table one -->\n1.5\n<!-- end -->\nb"
     text = tables.rendered(page, {}, {"one": lambda results: "2.5"})
     assert text == page.replace("1.5", "2.5")
 
