@@ -157,6 +157,7 @@ def perform(name: str, seeds: int, only: list[str], workers: int) -> None:
                 jobs.append((name, row, rows[row], seed))
 
     RUNS.mkdir(exist_ok=True)
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes that start now
     context = multiprocessing.get_context("spawn")
     with (
         context.Pool(workers, start_worker) as pool,
@@ -167,6 +168,8 @@ def perform(name: str, seeds: int, only: list[str], workers: int) -> None:
             file.write(json.dumps(line) + "\n")
             file.flush()
             bar.update()
+        pool.close()
+        pool.join()
 
 
 # ---- Command line --------------------------------------------------------------------------------------------
