@@ -41,8 +41,8 @@ def rows_of(runs: Runs, beginning: str) -> list[str]:
 
 def lowest_validation(runs: Runs, rows: list[str]) -> int:
     """The place of the row that its validation loss would choose; 0 is LoRA."""
-    losses = [contrast(runs, [(1, row, "val_loss")]).mean() for row in ["sigma 0", *rows]]
-    return losses.index(min(losses))
+    changes = [0.0, *(change(runs, row, "val_loss")[0] for row in rows)]
+    return changes.index(min(changes))
 
 
 def draw_strengths(panel: Any, runs: Runs, colours: list[str], metric: str) -> None:

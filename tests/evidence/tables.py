@@ -83,7 +83,7 @@ def best(runs: Runs, family: str) -> str:
     means = {}
     for row in dict.fromkeys(row for row, _ in runs):
         if row.startswith(FAMILIES[family]) and row != LORA:
-            means[row] = contrast(runs, [(1, row, "val_loss")]).mean()
+            means[row] = contrast(runs, [(1, row, "val_loss"), (-1, LORA, "val_loss")]).mean()
     return min(means, key=means.get, default=family)
 
 
