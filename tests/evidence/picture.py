@@ -74,7 +74,7 @@ def draw_trade(panel: Any, runs: Runs, colours: list[str]) -> None:
         x, _ = change(runs, "trained in 3 bits", "test_loss")
         y, _ = change(runs, "trained in 3 bits", "test_loss", "rise_3_bits")
         panel.plot(x, y, "s", color=panel.spines["left"].get_edgecolor(), markersize=4)
-        panel.annotate("trained in 3 bits", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        panel.annotate("trained in 3 bits", (x, y), xytext=(-5, 4), textcoords="offset points", fontsize=7, ha="right")
     panel.set_xlabel("before rounding: test loss, change against LoRA's;\nup: the same after rounding")
 
 
