@@ -28,17 +28,17 @@ def plain_model(dtype=torch.float64, device="cpu"):
 def adapted_model(dtype=torch.float64, device="cpu"):
     """The tiny model with adapters, whose s is 6 / 3 = 2."""
     model = inject_lora(plain_model(dtype, device), r=3, alpha=6)
-    return in_training(model)
+    return with_nonzero_B(model)
 
 
 def adapted_layer(m=16, n=12, dropout=0.0):
     """One layer of n inputs and m outputs, whose s is 6 / 3 = 2. In float32."""
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(n, m), r=3, alpha=6, dropout=dropout)
-    return in_training(layer)
+    return with_nonzero_B(layer)
 
 
-def in_training(model):
+def with_nonzero_B(model):
     """B as in the middle of training, not zero, so that W' is not W."""
     torch.manual_seed(1)
     for layer in lora_layers(model).values():

@@ -85,7 +85,7 @@ def test_dropout_acts_on_the_adapter_path():
     torch.testing.assert_close(out, layer.base(x) + adapter_path)
 
 
-def test_dropout_rests_in_evaluation():
+def test_dropout_is_off_in_evaluation():
     layer = ref.adapted_layer(dropout=0.5)
     x = torch.randn(5, 12)
     layer.eval()
@@ -172,15 +172,15 @@ def test_only_the_adapters_train():
 
 
 def test_a_later_injection_leaves_the_first_alone():
-    model = ref.in_training(inject_lora(ref.plain_model(), r=2, targets=["0"]))
+    model = ref.with_nonzero_B(inject_lora(ref.plain_model(), r=2, targets=["0"]))
     first = lora_parameters(model)
-    before = ref.adapters(model)
+    values = ref.adapters(model)  # copies of them
 
     inject_lora(model, r=3)
 
     assert model[0].lora_A is first[0]
     assert model[0].lora_B is first[1]
-    ref.assert_same_bits([model[0].lora_A, model[0].lora_B], before)
+    ref.assert_same_bits([model[0].lora_A, model[0].lora_B], values)
     assert model[2].r == 3
     assert names_that_train(model) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"]
 
@@ -309,7 +309,7 @@ def test_a_lone_layer_is_merged():
 
 
 class ChunkedHead(nn.Module):
-    """A loss in chunks, so that the logits of all tokens are never in memory at once."""
+    """Reads `head.weight` past the layer: a loss in chunks, without the logits of all tokens in memory at once."""
 
     def __init__(self):
         super().__init__()
@@ -326,18 +326,18 @@ class ChunkedHead(nn.Module):
 
 def test_a_model_that_reads_weight_computes_with_w_prime():
     plain = ChunkedHead().double()
-    model = ref.in_training(inject_lora(copy.deepcopy(plain), r=2))
+    model = ref.with_nonzero_B(inject_lora(copy.deepcopy(plain), r=2))
     x = torch.randn(2, 6, 16, dtype=torch.float64)
     torch.testing.assert_close(model(x), ref.dense_call(plain, model, x))
 
 
 def test_a_model_that_reads_weight_trains_the_adapter():
     plain = ChunkedHead().double()
-    model = ref.in_training(inject_lora(copy.deepcopy(plain), r=2))
+    model = ref.with_nonzero_B(inject_lora(copy.deepcopy(plain), r=2))
     x = torch.randn(2, 6, 16, dtype=torch.float64)
 
     model(x).sum().backward()
 
-    dense_loss = ref.dense_call(plain, model, x).sum()
+    dense_loss = ref.dense_call(plain, model, x).sum()  # `plain` with W' = W + s B A: autograd reaches A and B
     expected = torch.autograd.grad(dense_loss, lora_parameters(model))
     torch.testing.assert_close(ref.gradients(model), list(expected))

@@ -275,6 +275,7 @@ def blocks() -> Tables:
         "packages gaps": table(rows_table, name="packages", columns=[TRAINING, GAP, *RISES], wanted=curves),
         "packages ranks": table(rows_table, name="packages", columns=[TEST, OTHER, ROUNDED], wanted=ranks),
         "packages choices": table(rows_table, name="packages", columns=[TEST, OTHER, ROUNDED], wanted=choices),
+        "packages again": table(rows_table, name="packages_again", columns=[TEST, OTHER, RISE_BITS, ROUNDED]),
         "toy": table(rows_table, name="toy", columns=[TEST, OTHER, GAP, SHARP, ROUNDED]),
         "variance": variance_table,
         "all costs": all_costs,

@@ -67,7 +67,7 @@ def encoder_layer():
 def test_a_model_that_reads_weight_computes_with_w_prime_plus_eps(make, sigma):
     torch.manual_seed(0)
     plain = make().double().eval()
-    model = ref.in_training(inject_lora(copy.deepcopy(plain), r=2))
+    model = ref.with_nonzero_B(inject_lora(copy.deepcopy(plain), r=2))
     x = torch.randn(2, 6, 16, dtype=torch.float64)
 
     with perturbed(model, sigma, seed=0):
@@ -83,7 +83,7 @@ def test_a_model_that_reads_weight_computes_with_w_prime_plus_eps(make, sigma):
 def test_the_fused_kernel_computes_with_w_prime_plus_eps(monkeypatch):
     torch.manual_seed(0)
     plain = encoder_layer().double().eval()
-    model = ref.in_training(inject_lora(copy.deepcopy(plain), r=2))
+    model = ref.with_nonzero_B(inject_lora(copy.deepcopy(plain), r=2))
     x = torch.randn(2, 6, 16, dtype=torch.float64)
     kernel, calls = torch._transformer_encoder_layer_fwd, []
 
@@ -139,7 +139,7 @@ KINDS = ["WavLM", "Mamba", "T5"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_real_model_computes_with_w_prime_plus_eps(kind, sigma):
     plain = LastState(kind)
-    model = ref.in_training(inject_lora(copy.deepcopy(plain), r=2))
+    model = ref.with_nonzero_B(inject_lora(copy.deepcopy(plain), r=2))
 
     with perturbed(model, sigma, seed=0):
         out = model(model.x)
@@ -154,7 +154,7 @@ def test_a_real_model_computes_with_w_prime_plus_eps(kind, sigma):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_real_model_trains(kind):
-    model = ref.in_training(inject_lora(LastState(kind), r=2))
+    model = ref.with_nonzero_B(inject_lora(LastState(kind), r=2))
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=0.01)
     base = ref.base_bytes(model)
 
@@ -171,7 +171,7 @@ def test_a_real_model_trains(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_real_model_merges(kind):
-    model = ref.in_training(inject_lora(LastState(kind), r=2))
+    model = ref.with_nonzero_B(inject_lora(LastState(kind), r=2))
     expected = model(model.x)
     flatlora.merge_lora(model)
     torch.testing.assert_close(model(model.x), expected)
@@ -361,7 +361,7 @@ def test_whoever_trains_the_base_gets_its_gradient_at_w_prime_plus_eps():
 
 def test_a_perturbed_model_holds_one_more_tensor_of_the_size_of_w():
     layers = [nn.Linear(300, 500), nn.Linear(500, 300), nn.Linear(300, 499), nn.Linear(499, 300)]
-    model = ref.in_training(inject_lora(nn.Sequential(*layers).double(), r=2))
+    model = ref.with_nonzero_B(inject_lora(nn.Sequential(*layers).double(), r=2))
     size = 8 * 300 * 499  # bytes of the smallest weight
     before = ref.memories(size)
 

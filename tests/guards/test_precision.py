@@ -251,7 +251,7 @@ def test_odd_shapes(n, m, before):
 
 @pytest.mark.parametrize("r", [1, 300])  # a rank above the layer's size is a waste, but no error
 def test_odd_ranks(r):
-    layer = ref.in_training(flatlora.LoRALinear(nn.Linear(12, 16), r=r, alpha=6))
+    layer = ref.with_nonzero_B(flatlora.LoRALinear(nn.Linear(12, 16), r=r, alpha=6))
     x = torch.randn(5, 12)
     expected = layer.base(x) + 6 / r * (x @ layer.lora_A.T) @ layer.lora_B.T
     torch.testing.assert_close(layer(x), expected)
@@ -261,7 +261,7 @@ def test_odd_ranks(r):
 @pytest.mark.parametrize("device", ref.DEVICES)
 def test_steps_write_no_bit_of_a_million_weights(dtype, device):
     layer = nn.Linear(1024, 1024, device=device, dtype=dtype)
-    model = ref.in_training(inject_lora(nn.Sequential(layer), r=2))
+    model = ref.with_nonzero_B(inject_lora(nn.Sequential(layer), r=2))
     optimizer = ref.sgd(model, lr=1e-3)
     x = torch.randn(4, 1024, device=device).mul(0.01).to(dtype)
     base = ref.base_bytes(model)
