@@ -472,6 +472,25 @@ def test_a_step_inside_accelerates_accumulation_is_an_error():
         flatlora.flat_lora_step(model, mean_square, [inputs()], optimizer, 0.1, seed=0)
 
 
+def test_a_loop_under_accelerate_takes_the_step_of_flat_lora_step():
+    """Two micro-batches in `accumulate`, both under the noise of their optimizer step."""
+    accelerate = pytest.importorskip("accelerate", reason="comes with peft")
+    batches = [torch.randn(5, 6), torch.randn(5, 6)]
+    expected = two_layers()
+    model = copy.deepcopy(expected)
+    flatlora.flat_lora_step(expected, mean_square, batches, optimizer_for(expected), 0.3, seed=(0, 1))
+
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, cpu=True)
+    model, optimizer = accelerator.prepare(model, optimizer_for(model))
+    for batch in batches:
+        with accelerator.accumulate(model):
+            with perturbed(model, 0.3, seed=(0, 1)):
+                accelerator.backward(mean_square(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
 def test_jagged_tensors_are_computed_row_by_row():
     layer = two_layers()[0]
     rows = [torch.randn(3, 6), torch.randn(5, 6)]
