@@ -973,6 +973,9 @@ def check(args: Namespace) -> None:
     if args.data and args.text:
         raise ValueError("--data takes the place of --text: give one of them")
 
+    gpus = torch.cuda.device_count()
+    if args.device.type == "cuda" and args.device.index >= gpus:
+        raise ValueError(f"--nproc-per-node must be at most {gpus}, the number of GPUs here")
     if args.peft:
         extra("peft")
     args.out.mkdir(parents=True, exist_ok=True)

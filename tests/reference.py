@@ -54,6 +54,11 @@ def batch(size=16, dtype=torch.float64, device="cpu", seed=1):
     return x.to(device, dtype), y.to(device)
 
 
+def data_parallel(model):
+    """On the CPU also where there is a GPU, to which DataParallel moves its model."""
+    return nn.DataParallel(model).cpu()
+
+
 def quarters(batch):
     """The batch as four micro-batches of equal size."""
     x, y = batch

@@ -1,10 +1,10 @@
 """What flatness costs: a step of LoRA, Flat-LoRA, its add-and-subtract form and two forms of SAM, side by side.
 
     python tests/evidence/bench_cost.py                  # a block of GPT-2: 3 minutes on 2 CPU cores
-    python tests/evidence/bench_cost.py --device cuda    # four blocks of Llama-7B's width in bfloat16
+    python tests/evidence/bench_cost.py --device cuda    # blocks of Llama-7B's width in bfloat16; 140 GB of memory
 
 Time: in each round every method takes one step, in an order that changes. Its time is divided by LoRA's in the same
-round, so that what slows the machine for a while slows both. Memory: each method runs in a process of its own.
+round, so that what slows the machine for a while slows both. Memory: each method runs alone.
 """
 
 import argparse
@@ -121,10 +121,10 @@ GPT2_CELLS = {
 }
 LLAMA_METHODS = ("lora", "flat", "add", "sam")
 LLAMA_CELLS = {
-    "1 x 1,024": llama_cell(batch=1, context=1024),
-    "2 x 1,024": llama_cell(batch=2, context=1024),
-    "8 x 2,048": llama_cell(batch=8, context=2048),
-    "8 micro-batches of 1 x 1,024": llama_cell(batch=1, context=1024, micro_batches=8),
+    "4 blocks, 1 x 1,024": llama_cell(batch=1, context=1024),
+    "4 blocks, 8 x 2,048": llama_cell(batch=8, context=2048),
+    "all 32, 4 x 1,024": llama_cell(batch=4, context=1024, depth=32),
+    "all 32, 32 of 1 x 1,024": llama_cell(batch=1, context=1024, micro_batches=32, depth=32),  # as in the paper
 }
 
 
@@ -232,7 +232,7 @@ def rounds(actions: Actions, seconds: float, title: str) -> Found:
     """Do all actions in turn for so many seconds, but at least four rounds, of which the first warms up.
 
     Returns the milliseconds of LoRA (median), and for each action its time as a multiple of LoRA's: lower quartile,
-    median and upper quartile.
+    median and upper quartile. Of Flat-LoRA also each round.
     """
     times = []
     end = time.perf_counter() + seconds
@@ -247,7 +247,8 @@ def rounds(actions: Actions, seconds: float, title: str) -> Found:
         ratios = [took[name] / took["lora"] for took in times]
         ratio[name] = statistics.quantiles(ratios, n=4, method="inclusive")
     median = statistics.median(took["lora"] for took in times)
-    return {"rounds": len(times), "ms": 1000 * median, "ratio": ratio}
+    flat = [round(took["flat"] / took["lora"], 4) for took in times]
+    return {"rounds": len(times), "ms": 1000 * median, "ratio": ratio, "flat": flat}
 
 
 def one_round(actions: Actions, seed: int) -> dict[str, float]:
@@ -344,6 +345,20 @@ def memory_of(method: str) -> dict[str, int]:
     return {"peak": peak, "stored": max(stored), "table": table.nbytes}
 
 
+def peaks_on_card(cell: Cell) -> dict[str, int]:
+    """Bytes: the most that torch has allocated in the third step of each method, the table of normals made before."""
+    flatlora._real_table(cell.dtype, torch.device(cell.device, 0))
+    found = {}
+    for method in LLAMA_METHODS:
+        setup = build(method, cell)
+        gc.collect()  # the model of the method before
+        for seed in range(3):
+            torch.cuda.reset_peak_memory_stats()
+            step(method, setup, seed)
+        found[method] = torch.cuda.max_memory_allocated()
+    return found
+
+
 def kept(saved: list[Tensor], tensor: Tensor) -> Tensor:
     saved.append(tensor)
     return tensor
@@ -414,7 +429,8 @@ def measure_llama(seconds: float) -> Found:
     found: Found = {"card": f"torch {torch.__version__}, {torch.cuda.get_device_name()}"}
     found["llama"] = {}
     for title, cell in LLAMA_CELLS.items():
-        found["llama"][title] = times_of_steps(cell, LLAMA_METHODS, seconds, title)
+        peaks = peaks_on_card(cell)
+        found["llama"][title] = {**times_of_steps(cell, LLAMA_METHODS, seconds, title), "peaks": peaks}
     return found
 
 
@@ -434,8 +450,12 @@ def report(found: Found) -> str:
         parts.append(memory_table(found))
     if "llama" in found:
         parts.append(found["card"])
-        parts.append("Four blocks of Llama-7B's width in bfloat16: the time of a step by tokens of a pass")
+        parts.append(
+            "Blocks of Llama-2-7B's shape in bfloat16: time of a step, by blocks and (micro-batches of) sequences x tokens"
+        )
         parts.append(time_table(found["llama"]))
+        parts.append("Most memory allocated in a step: LoRA's in GB, the others' above it")
+        parts.append(peaks_table(found["llama"]))
     return "\n\n".join(parts)
 
 
@@ -450,6 +470,18 @@ def time_table(cells: Mapping[str, Found]) -> str:
         for ratio in columns:
             low, median, high = ratio[method]
             row.append(f"{median:.2f} ({low:.2f}-{high:.2f})")
+        rows.append(row)
+    return table(rows)
+
+
+def peaks_table(cells: Mapping[str, Found]) -> str:
+    rows = [["", *cells]]
+    for method in LLAMA_METHODS:
+        row = [METHODS[method]]
+        for cell in cells.values():
+            peak = cell["peaks"][method] / 1e9
+            above = (cell["peaks"][method] - cell["peaks"]["lora"]) / 1e9
+            row.append(f"{peak:.2f}" if method == "lora" else f"{above:+.2f}")
         rows.append(row)
     return table(rows)
 

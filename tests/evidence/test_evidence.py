@@ -244,12 +244,15 @@ def test_the_cells_for_a_gpu_run_on_a_cpu() -> None:
     times = bench_cost.times_of_steps(cell, bench_cost.LLAMA_METHODS, seconds=0.0, title="tiny")
     assert times["rounds"] == 3
     assert list(times["ratio"]) == ["lora", "flat", "add", "sam"]
+    times["peaks"] = {"lora": 20_000_000_000, "flat": 20_120_000_000, "add": 21_000_000_000, "sam": 20_000_000_000}
     lines = bench_cost.report({"card": "a card", "llama": {"tiny": times}}).splitlines()
-    assert [line.split("  ")[0] for line in lines[-4:]] == [
-        "LoRA, ms",
-        "Flat-LoRA",
-        "add and subtract",
-        "SAM on (A, B)",
+    rows = [re.split("  +", line) for line in lines]
+    assert [row[0] for row in rows[6:10]] == ["LoRA, ms", "Flat-LoRA", "add and subtract", "SAM on (A, B)"]
+    assert rows[-4:] == [
+        ["LoRA", "20.00"],
+        ["Flat-LoRA", "+0.12"],
+        ["add and subtract", "+1.00"],
+        ["SAM on (A, B)", "+0.00"],
     ]
 
 

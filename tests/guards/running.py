@@ -18,6 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # shells turn Ctrl-C o
 TINY = ["--n-layer=1", "--n-embd=16", "--block-size=16", "--batch-size=2", "--r=2", "--eval-windows=4", "--lr=0.05"]
 TINY += ["--pretrain-steps=2", "--steps=3", "--seeds=1", "--methods"]
 PRETRAINING = 2  # steps, which come first
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the runs
 BARE = argparse.Namespace(data=None, text=None, ood=None, block_size=16)  # what TINY asks of `load_data`
 STEPS = {"flat_lora_step": flatlora, "sam_step": flatlora, "plain_step": train_gpt2}
 

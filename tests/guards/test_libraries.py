@@ -9,6 +9,7 @@ from textwrap import indent
 
 import numpy as np
 import pytest
+import reference as ref
 import torch
 from running import ending, results, run
 from torch import nn
@@ -151,7 +152,7 @@ def test_files_of_nanogpt_are_used(folder, tmp_path):
     steps = run(tmp_path / "out", *WORDS, "--init", folder, "--data", tmp_path)
     for _, _, batches, _ in steps:
         for x in batches[0][0]:
-            window = x.numpy().astype(np.uint16)
+            window = x.cpu().numpy().astype(np.uint16)
             assert window.tobytes() in train.tobytes()
     model = ours("gpt2", folder)
     halves = {"val": val[:250], "test": val[250:]}
@@ -178,7 +179,7 @@ def test_a_missing_extra_is_named_before_the_first_step(monkeypatch, tmp_path):
 
 
 # ---- Adapters in PEFT's files --------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind, wrap", [("gpt2", nn.DataParallel), ("llama", torch.compile)])
+@pytest.mark.parametrize("kind, wrap", [("gpt2", ref.data_parallel), ("llama", torch.compile)])
 def test_peft_loads_what_is_saved(kind, wrap, folder, tmp_path):
     first, *others = NAMES[kind]
     model = flatlora.inject_lora(ours(kind, folder), 2, 8, targets=[first])

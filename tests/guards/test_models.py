@@ -242,7 +242,7 @@ def compiled_block(model):
     return nn.Sequential(torch.compile(model[0], backend="eager"))
 
 
-WRAPPERS = [compiled, compiled_block, nn.DataParallel]
+WRAPPERS = [compiled, compiled_block, ref.data_parallel]
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)

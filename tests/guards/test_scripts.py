@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from running import BARE, PRETRAINING, TINY, base_of, only, results, run
+from running import BARE, DEVICE, PRETRAINING, TINY, base_of, ending, only, results, run
 
 import flatlora
 import train_gpt2
@@ -112,6 +112,13 @@ def test_a_wrong_option_ends_in_one_line_before_the_first_step(words, monkeypatc
     assert WRONG[words] in line
     assert "\n" not in line
     assert printed.out == ""
+
+
+def test_more_processes_than_gpus_are_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "--nproc-per-node must be at most 1, the number of GPUs here" in ending(tmp_path)
 
 
 TOKENS = {
@@ -214,7 +221,8 @@ def test_no_method_writes_the_base(compared):
     out, _, bases = compared
     base = bases[1]
     assert bases[-1] is base
-    assert all(map(torch.equal, base.parameters(), base_of(out).parameters()))
+    after = [p.cpu() for p in base.parameters()]
+    assert all(map(torch.equal, after, base_of(out).parameters()))
 
 
 def slow_run(base, data, method, seed, recipe):
@@ -291,7 +299,7 @@ def test_seeds_draw_their_own_windows_and_noise(tmp_path):
     texts = set()
     for step in steps:
         tokens, _ = step.batches[0]
-        texts.add(tokens.numpy().tobytes())
+        texts.add(tokens.cpu().numpy().tobytes())
     assert len(texts) == 6
     seeds = [step.settings[1] for step in steps]
     of_first = [(0, 0, 0), (0, 1, 0), (0, 2, 0)]  # (seed, step, rank)
@@ -313,7 +321,7 @@ def saved_run(out, seed):
     """The model of flat, the texts and the result that a run TINY saved."""
     content = train_gpt2.load(only(out, f"flat-{seed}-*.pt"))
     recipe = train_gpt2.Recipe(r=2)
-    model = train_gpt2.trainable(base_of(out), "flat", recipe).eval()
+    model = train_gpt2.trainable(base_of(out), "flat", recipe).eval().to(DEVICE)
     train_gpt2.restore(model, content["trained"])
     texts = train_gpt2.load_data(BARE, model.config, None)
     return model, texts, content["log"]["result"]
@@ -343,7 +351,7 @@ def test_sharpness_is_of_the_training_text_at_a_tenth(compared):
     a, b, c, d = four_places(data)
     batches = []
     for pair in ((a, b), (c, d)):
-        text = torch.stack([data[i : i + 17] for i in pair]).long()
+        text = torch.stack([data[i : i + 17] for i in pair]).long().to(DEVICE)
         batches.append((text[:, :-1], text[:, 1:]))
     expected = flatlora.sharpness(model, train_gpt2.loss_fn, batches, sigma=0.1, samples=4, seed=0)
     assert result["sharpness"] == pytest.approx(expected, abs=1e-7)

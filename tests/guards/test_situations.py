@@ -239,7 +239,8 @@ def test_names_and_noise_are_those_of_the_model_without_its_wrapper(wrap, one_ra
     assert list(state) == list(lora_state_dict(model))
     assert {"module.lora_A", "_orig_mod.fc.lora_B"} < state.keys()
     assert {"module.lora_A", "_orig_mod.fc.lora_B"} < model.state_dict().keys()
-    torch.testing.assert_close(noisy_output(wrapped), noisy_output(model))
+    output = noisy_output(wrapped).cpu()  # DataParallel computes on a GPU, if there is one
+    torch.testing.assert_close(output, noisy_output(model))
 
 
 @pytest.mark.parametrize("wrap", [checkpoint_wrapper, compiled, in_fsdp], ids=["checkpointed", "compiled", "FSDP"])
@@ -463,8 +464,14 @@ def test_a_loss_per_sample_is_an_error_that_changes_nothing():
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
-def test_a_step_inside_accelerates_accumulation_is_an_error():
-    accelerate = pytest.importorskip("accelerate", reason="comes with peft")
+@pytest.fixture
+def accelerate():
+    module = pytest.importorskip("accelerate", reason="comes with peft")
+    yield module
+    module.state.AcceleratorState._reset_state(reset_partial_state=True)  # else all later tests get cpu=True
+
+
+def test_a_step_inside_accelerates_accumulation_is_an_error(accelerate):
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=4, cpu=True)
     model, optimizer = accelerator.prepare(two_layers(), optimizer_for(two_layers()))
     optimizer.param_groups[0]["params"][:] = lora_parameters(model)
@@ -472,9 +479,8 @@ def test_a_step_inside_accelerates_accumulation_is_an_error():
         flatlora.flat_lora_step(model, mean_square, [inputs()], optimizer, 0.1, seed=0)
 
 
-def test_a_loop_under_accelerate_takes_the_step_of_flat_lora_step():
+def test_a_loop_under_accelerate_takes_the_step_of_flat_lora_step(accelerate):
     """Two micro-batches in `accumulate`, both under the noise of their optimizer step."""
-    accelerate = pytest.importorskip("accelerate", reason="comes with peft")
     batches = [torch.randn(5, 6), torch.randn(5, 6)]
     expected = two_layers()
     model = copy.deepcopy(expected)
