@@ -451,7 +451,7 @@ def report(found: Found) -> str:
     if "llama" in found:
         parts.append(found["card"])
         parts.append(
-            "Blocks of Llama-2-7B's shape in bfloat16: time of a step, by blocks and (micro-batches of) sequences x tokens"
+            "Llama-2-7B's shape in bfloat16: time of a step, by blocks and (micro-batches of) sequences x tokens"
         )
         parts.append(time_table(found["llama"]))
         parts.append("Most memory allocated in a step: LoRA's in GB, the others' above it")
