@@ -124,7 +124,7 @@ LLAMA_CELLS = {
     "4 blocks, 1 x 1,024": llama_cell(batch=1, context=1024),
     "4 blocks, 8 x 2,048": llama_cell(batch=8, context=2048),
     "all 32, 4 x 1,024": llama_cell(batch=4, context=1024, depth=32),
-    "all 32, 32 of 1 x 1,024": llama_cell(batch=1, context=1024, micro_batches=32, depth=32),  # as in the paper
+    "all 32, 8 of 1 x 1,024": llama_cell(batch=1, context=1024, micro_batches=8, depth=32),
 }
 
 

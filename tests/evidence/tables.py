@@ -56,6 +56,12 @@ def load_results() -> Results:
     found: Results = {}
     for name in SEEDS:
         found[name] = {(line["row"], line["seed"]): line for line in read_runs(name)}
+
+    cost = json.loads((HERE / "cost.json").read_text())
+    found["cost"] = {}
+    for title, cell in cost["llama"].items():
+        for round, ratio in enumerate(cell["flat"]):
+            found["cost"][title, round] = {"extra": 100 * (ratio - 1), "of_paper": 2.5}  # % of LoRA's time
     return found
 
 
