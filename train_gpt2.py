@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 import flatlora
 
-METHODS = ["lora", "dropout", "flat", "sam"]
+METHODS = ["lora", "flat", "sam"]
 TARGETS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, like the next
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -350,7 +350,7 @@ class Recipe:
     dtype: str = option("float32", "bfloat16 is autocast: parameters stay float32", choices=["float32", "bfloat16"])
     r: int = option(16, "rank of the adapters")
     alpha: float = option(32.0, "their scaling is alpha / r")
-    lora_dropout: float = option(0.1, "dropout: rate, on the input of the adapters")
+    lora_dropout: float = option(0.0, "dropout on the input of the adapters")
     sigma: float = option(0.2, "flat: noise at the end; 0.05 to 0.1 on a real model")
     rho: float = option(0.2, "sam: radius")
     eval_windows: int = option(200, "windows of each text in an evaluation")
@@ -393,8 +393,7 @@ def trainable(base: GPT, method: str, recipe: Recipe) -> GPT:
     if method == "full":
         return copy.deepcopy(base).requires_grad_(True)
     model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-    dropout = recipe.lora_dropout if method == "dropout" else 0.0
-    return flatlora.inject_lora(model, recipe.r, recipe.alpha, dropout, TARGETS)
+    return flatlora.inject_lora(model, recipe.r, recipe.alpha, recipe.lora_dropout, TARGETS)
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -873,7 +872,8 @@ def compare(args: Namespace) -> None:
 
     sources = args.text or [args.data or "Python's package email"]
     text = report(runs, f"GPT-2 fine-tuned on {', '.join(map(str, sources))}.")
-    results = run_file(args.out, base, "results", data, recipe, args.seeds).with_suffix(".json")
+    name = "-".join(["results", *args.methods])
+    results = run_file(args.out, base, name, data, recipe, args.seeds).with_suffix(".json")
     content = {"torch": torch.__version__, "options": vars(args), "runs": runs, "report": text}
     write(results, json.dumps(content, indent=1, default=str).encode())
     print(f"{text}\n\nNumbers: {results}, beside the adapters of each run.")

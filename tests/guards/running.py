@@ -67,7 +67,7 @@ def only(out, pattern):
 
 
 def results(out, seeds="*"):
-    return json.loads(only(out, f"results-{seeds}-*.json").read_text())
+    return json.loads(only(out, f"results-*-{seeds}-*.json").read_text())
 
 
 def base_of(out):

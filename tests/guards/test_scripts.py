@@ -164,7 +164,6 @@ def test_a_stream_shows_what_it_can_after_the_results_are_written(encoding, monk
 # ---- Like with like ------------------------------------------------------------------------------------------
 METHODS = {  # and what takes their steps
     "lora": "flat_lora_step",
-    "dropout": "flat_lora_step",
     "flat": "flat_lora_step",
     "sam": "sam_step",
 }
@@ -209,8 +208,7 @@ def assert_same(actual, expected):
 
 def test_methods_differ_in_their_settings(compared):
     _, steps, _ = compared
-    for method in ("lora", "dropout"):
-        assert [step.settings[0] for step in steps[method]] == [0, 0, 0]
+    assert [step.settings[0] for step in steps["lora"]] == [0, 0, 0]
     sigmas = [step.settings[0] for step in steps["flat"]]
     expected = [0, 0.1 * (1 - math.cos(math.pi / 3)), 0.1 * (1 - math.cos(2 * math.pi / 3))]
     assert sigmas == pytest.approx(expected)
@@ -227,10 +225,9 @@ def test_no_method_writes_the_base(compared):
 
 def slow_run(base, data, method, seed, recipe):
     """What `train` does, as plainly as it can be said: one micro-batch per step."""
-    dropout = recipe.lora_dropout if method == "dropout" else 0
     sigma = recipe.sigma if method == "flat" else 0
     torch.manual_seed(seed)
-    model = flatlora.inject_lora(base, recipe.r, recipe.alpha, dropout, train_gpt2.TARGETS).train()
+    model = flatlora.inject_lora(base, recipe.r, recipe.alpha, recipe.lora_dropout, train_gpt2.TARGETS).train()
     parameters = flatlora.lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0)
     for step in range(recipe.steps):
@@ -256,7 +253,7 @@ CHANGES = [{}, {"dtype": "bfloat16"}, {"lr": 0.5}]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-@pytest.mark.parametrize("method", ["dropout", "flat"])
+@pytest.mark.parametrize("method", ["lora", "flat"])
 def test_a_run_is_that_of_the_slow_loop(method, change, tmp_path):
     """Windows, dropout and noise of each step, the clipping and every setting: another step gives other weights."""
     settings = {"steps": 4, "lr": 0.05, "batch_size": 2, "block_size": 16, "r": 2, "sigma": 2.0, "lora_dropout": 0.5}
@@ -425,7 +422,7 @@ def test_each_printed_difference_is_in_the_json(printed):
     text, found = printed
     by = by_method(found["runs"])
     _, _, *others = rows(text)
-    for words, method in zip(others, ["dropout", "flat", "sam"], strict=True):
+    for words, method in zip(others, ["flat", "sam"], strict=True):
         expected = [method]
         for key, digits in DIGITS.items():
             gaps = []
