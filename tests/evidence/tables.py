@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from claims import CLAIMS, Claim, Term, word, word_of_equality
 from stats import Estimate, estimate, holm_levels
-from study import HERE, ROOT, ROWS, SEEDS, code, read_runs
+from study import HERE, ROOT, ROWS, SEEDS, changed, code, movies_tuned, read_runs
 
 Runs = dict[tuple[str, int], dict[str, Any]]  # row and seed: what was measured
 Results = dict[str, Runs]  # by study
@@ -46,6 +46,13 @@ TRAINING: Column = ("training loss", ((1, "train_loss"),), 4)
 SHARP: Column = ("rise, sigma 0.1", ((1, "rise_0.1"),), 4)
 RISES: list[Column] = [(f"sigma {sigma}", ((1, f"rise_{sigma}"),), 4) for sigma in (0.05, 0.1, 0.2, 0.3)]
 LORA = "sigma 0"  # the row of plain LoRA
+OTHER_TASKS = [  # of three claims the numbers of every task: what is measured, and the row that is held against LoRA
+    (("C: rise under noise of 0.1", ((1, "rise_0.1"),), 4), "sigma 0.1"),
+    (("C: rise under noise of 0.3", ((1, "rise_0.3"),), 4), "sigma 0.3"),
+    (("D: training loss", ((1, "train_loss"),), 4), "sigma 0.1"),
+    (("D: test loss - training loss", GAP[1], 4), "sigma 0.1"),
+    (("K: rise by rounding to 3 bits", RISE_BITS[1], 4), "sigma 0.3"),
+]
 
 
 # ---- Numbers -------------------------------------------------------------------------------------------------
@@ -209,6 +216,47 @@ def cells_of(runs: Runs, row: str, base: str, columns: Sequence[Column]) -> list
     return [*cells, str(len(values))]
 
 
+def other_tasks(results: Results) -> str:
+    """Claims that are decided on one task, on all."""
+    tasks = ("movies", "packages", "toy")
+    body = []
+    for column, row in OTHER_TASKS:
+        cells = [column[0], row]
+        for task in tasks:
+            number, *_ = cells_of(results[task], row, LORA, [column]) or [""]
+            cells.append(number)
+        body.append(cells)
+    return markdown(["change against LoRA", "trained at", *tasks], body, words=2)
+
+
+def tuning_table(results: Results, name: str) -> str:
+    """The mean loss of each setting over the seeds of tuning."""
+    body = []
+    for row in ROWS[name]():
+        values = contrast(results[name], [(1, row, "test_loss")])
+        if len(values):
+            body.append([row, f"{values.mean():.4f}", str(len(values))])
+    return markdown([name, "test loss", "n"], body) + "\n\n" + caption(results, name)
+
+
+def tuned_table(results: Results) -> str:
+    """Each method as it was tuned: LoRA's means, then what the others differ from them."""
+    rows = ROWS["movies"]()
+    names = {}
+    for method, setting in movies_tuned().items():
+        names[method] = next(row for row in rows if rows[row] == setting)
+
+    columns = [*ACCURACY, TEST, RISE_BITS]
+    body = []
+    for method, name in names.items():
+        values = [f"{key} {value:g}" for key, value in changed(rows[name]).items()]
+        cells = cells_of(results["movies"], name, names["LoRA"], columns)
+        if cells:
+            body.append([f"{method}: {', '.join(values)}", *cells])
+    head = ["movies, each method tuned", *(title for title, _, _ in columns), "n"]
+    return markdown(head, body) + "\n\n" + caption(results, "movies")
+
+
 def caption(results: Results, name: str) -> str:
     older = sum(run["code"] != code(name) for run in results[name].values())
     text = f"`study.py {name}`"
@@ -274,9 +322,13 @@ def blocks() -> Tables:
     ranks = "rank|sigma 0.1$"
     return {
         "claims": claims_table,
-        "movies": table(rows_table, name="movies", columns=ACCURACY),
-        "movies losses": table(rows_table, name="movies", columns=[TEST, TRAINING, GAP, RISE_BITS]),
-        "movies rises": table(rows_table, name="movies", columns=RISES),
+        "other tasks": other_tasks,
+        "movies": table(rows_table, name="movies", columns=ACCURACY, wanted="sigma"),
+        "movies losses": table(rows_table, name="movies", columns=[TEST, TRAINING, GAP, RISE_BITS], wanted="sigma"),
+        "movies rises": table(rows_table, name="movies", columns=RISES, wanted="sigma"),
+        "movies tuning": table(tuning_table, name="movies_rates"),
+        "movies tuned": tuned_table,
+        "packages tuning": table(tuning_table, name="packages_rates"),
         "packages": table(rows_table, name="packages", columns=[TEST, OTHER, OLD, RISE_BITS, ROUNDED], wanted=curves),
         "packages gaps": table(rows_table, name="packages", columns=[TRAINING, GAP, *RISES], wanted=curves),
         "packages ranks": table(rows_table, name="packages", columns=[TEST, OTHER, ROUNDED], wanted=ranks),

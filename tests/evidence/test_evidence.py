@@ -288,7 +288,7 @@ def test_a_table_of_an_unknown_name_is_an_error() -> None:
 
 
 def test_a_claim_that_was_not_run_is_not_tested() -> None:
-    empty: tables.Results = {name: {} for name in study.SEEDS}
+    empty: tables.Results = {claim.task: {} for claim in CLAIMS}
     assert "**not tested**" in tables.claims_table(empty)
 
 
