@@ -182,7 +182,7 @@ def load(path: Path) -> Any:
 
 def save(path: Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer)  # not to the file, where a full disk would be a RuntimeError
     write(path, buffer.getvalue())
 
 
@@ -285,7 +285,7 @@ def split(files: Sequence[bytes]) -> dict[str, bytes]:
 
 
 def load_tokens(folder: Path) -> dict[str, Tensor]:
-    """nanoGPT's files of GPT-2's tokens, mapped into memory, not read into it. The halves of val are val and test."""
+    """nanoGPT's files of GPT-2's tokens, which are looked through, but not loaded. The halves of val: val and test."""
     if Path(folder, "meta.pkl").exists():
         raise ValueError(f"{folder} has a meta.pkl, so its tokens are characters: give their text by --text")
     data = {}
@@ -312,18 +312,15 @@ def load_data(args: Namespace, config: GPTConfig, tokenizer: Any) -> dict[str, T
     others = read_files(args.ood) if args.ood else package_sources("asyncio")
     data["ood"] = encode(tokenizer, b"".join(others))
 
+    if args.block_size > config.block_size:
+        raise ValueError(f"--block-size must be at most {config.block_size} for this model, got {args.block_size}")
     for name, ids in data.items():
-        with reading(f"the {name} text"):
-            check_ids(ids.numpy(), config, args.block_size)
+        if len(ids) <= args.block_size:
+            raise ValueError(f"the {name} text has {len(ids)} tokens, and --block-size {args.block_size} asks for more")
+        largest = ids.numpy().max()
+        if largest >= config.vocab_size:
+            raise ValueError(f"the {name} text has the token {largest}, the model only {config.vocab_size} of them")
     return data
-
-
-def check_ids(ids: np.ndarray, config: GPTConfig, block_size: int) -> None:
-    longest = min(len(ids) - 1, config.block_size)
-    if block_size > longest:
-        raise ValueError(f"it has {len(ids)} tokens, the model {config.block_size} places: too few for --block-size")
-    if ids.max() >= config.vocab_size:
-        raise ValueError(f"it has the token {ids.max()}, the model only {config.vocab_size} of them")
 
 
 def windows(data: Tensor, starts: Any, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -373,12 +370,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def plain_step(model: nn.Module, loss_fn: flatlora.LossFn, batches: list, optimizer: Optimizer) -> float:
+def plain_step(model: nn.Module, loss_of: flatlora.LossFn, batches: list, optimizer: Optimizer) -> float:
     """One step of a model that trains whole. Returns the loss."""
     optimizer.zero_grad()
     total = 0.0
     for batch in batches:
-        loss = loss_fn(model, batch) / len(batches)
+        loss = loss_of(model, batch) / len(batches)
         loss.backward()
         total += loss.item()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -388,21 +385,22 @@ def plain_step(model: nn.Module, loss_fn: flatlora.LossFn, batches: list, optimi
     return total
 
 
-def trainable(base: GPT, method: str, recipe: Recipe) -> GPT:
-    """A copy of the base that trains whole, or one with adapters on the base's own weights: these are never written."""
+def model_for(base: GPT, method: str, recipe: Recipe) -> GPT:
+    """For "full" the base itself. Else a copy with adapters around the base's own weights, which are never written."""
     if method == "full":
-        return copy.deepcopy(base).requires_grad_(True)
-    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+        return base
+    shared = {id(p): p for p in base.parameters()}  # by id, what deepcopy does not copy
+    model = copy.deepcopy(base, shared)
     return flatlora.inject_lora(model, recipe.r, recipe.alpha, recipe.lora_dropout, TARGETS)
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def restore(model: nn.Module, state: Tensors) -> None:
-    """Copy in what `trained` gave."""
-    if state.keys() != trained(model).keys():
+    """Copy in what `trained_state` gave."""
+    if state.keys() != trained_state(model).keys():
         raise ValueError("it is of another model")
     model.load_state_dict(state, strict=False)  # strict would ask for the frozen weights
 
@@ -414,7 +412,7 @@ def train(base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int, file:
     result is that of a run which never stopped.
     """
     torch.manual_seed(seed)  # the same adapters for every method
-    model = trainable(base, method, recipe)
+    model = model_for(base, method, recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(parameters, recipe.lr, (0.9, 0.95), weight_decay=0.0)
 
@@ -428,7 +426,7 @@ def train(base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int, file:
         net = nn.parallel.DistributedDataParallel(model)
     saved_at = time.monotonic()
     steps = range(first, recipe.steps)
-    bar = tqdm(steps, file.stem, recipe.steps, leave=False, initial=first, disable=RANK > 0)
+    bar = tqdm(steps, desc=file.stem, initial=first, total=recipe.steps, leave=False, disable=RANK > 0)
     for step in bar:
         draw = np.random.default_rng([seed, step, RANK])  # which no method can disturb
         starts = draw.integers(len(data) - recipe.block_size, size=(recipe.grad_accum, recipe.batch_size))
@@ -444,7 +442,7 @@ def train(base: GPT, method: str, data: Tensor, recipe: Recipe, seed: int, file:
 
         due = step + 1 == recipe.steps or time.monotonic() > saved_at + CHECKPOINT_SECONDS
         if due:
-            save(file, {"trained": trained(model), "log": log, "optimizer": optimizer.state_dict()})
+            save(file, {"trained": trained_state(model), "log": log, "optimizer": optimizer.state_dict()})
             saved_at = time.monotonic()
     return model.eval(), log
 
@@ -485,17 +483,17 @@ def say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def run_file(folder: Path, base: GPT, method: str, data: Tensors, recipe: Recipe, seed: int) -> Path:
-    """Named by all that shapes a run and its results, so that only an equal one goes on from it.
+def mark_of(base: GPT, data: Tensors, recipe: Recipe) -> str:
+    """Of all that shapes a run, beside method and seed: part of its file's name, so that only an equal one goes on.
 
-    Of a tensor 2^16 numbers count. Runs that can be compared have the same last part.
+    Of a tensor 2^16 numbers count.
     """
     digest = hashlib.sha256(f"{base.config} {recipe} {WORLD}".encode())
     for tensor in [*data.values(), *base.parameters()]:
         stride = 1 + tensor.numel() // 2**16
         numbers = tensor.detach().flatten()[::stride].cpu().numpy()
         digest.update(f"{tensor.shape}".encode() + numbers.tobytes())
-    return folder / f"{method}-{seed}-{digest.hexdigest()[:8]}.pt"
+    return digest.hexdigest()[:8]
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------
@@ -520,13 +518,13 @@ def losses(model: GPT, data: Tensors, recipe: Recipe) -> dict[str, float]:
 
 
 def sharpness(model: GPT, data: Tensors, recipe: Recipe) -> float:
-    """The rise of the training loss under noise of sigma 0.1 on W'."""
+    """The rise of the training loss under noise of sigma 0.1 on the merged weights."""
     loss_of = partial(loss_fn, dtype=recipe.dtype)
     batches = spread(model, data["train"], recipe, min(recipe.eval_windows, 64))
     return flatlora.sharpness(model, loss_of, batches, sigma=0.1, samples=4, seed=0)
 
 
-# 97.5 % points of Student's t for 1 to 15 degrees of freedom. The last serves above, too: there it is up to 9 % wide.
+# 97.5 % points of Student's t for 1 to 15 degrees of freedom. From 17 seeds on the last is used, up to 9 % too large.
 T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 
 
@@ -543,14 +541,11 @@ Runs = Sequence[Mapping[str, Any]]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the heading. The first column stands to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    """The first row is the heading. 78 columns wide."""
     lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += map(str.rjust, row[1:], widths[1:])
-        lines.append("  ".join(cells))
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    for first, *cells in rows:
+        lines.append(f"{first:6}" + "".join(f"{cell:>18}" for cell in cells))
+    lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
 
 
@@ -560,38 +555,39 @@ def difference(key: str, runs: Runs, others: Runs) -> tuple[float, float]:
     return interval([run[key] - other[key] for run, other in pairs])
 
 
-def plus_minus(mean: float, half: float, digits: int) -> str:
-    """With as many digits more as the width needs not to be rounded to zero."""
+def plus_minus(mean: float, half: float) -> str:
+    """With four digits, or as many as the width needs not to be rounded to zero."""
     if mean == half == 0:
         return "equal"
+    digits = 4
     while digits < 9 and round(half or mean, digits) == 0:
         digits += 1
     return f"{mean:+.{digits}f} +-{half:.{digits}f}"
 
 
 def verdict(mean: float, half: float) -> str:
-    """Undecided: an edge of the interval is so close to zero that a few more seeds may turn the word."""
+    """Undecided: an edge of the interval is within a fifth of the mean of zero, and a few more seeds may cross it."""
     if mean == half == 0:
         return "equal"
-    word = "lower" if mean < 0 else "higher"
-    if abs(mean) < half:
-        word = "not shown to differ"
-    if mean and abs(abs(mean) - half) <= abs(mean) / 5:
+    if abs(abs(mean) - half) <= abs(mean) / 5:
         word = "undecided"
-    return f"{word} ({plus_minus(mean, half, 3)})"
+    elif abs(mean) < half:
+        word = "not shown to differ"
+    else:
+        word = "lower" if mean < 0 else "higher"
+    return f"{word} ({plus_minus(mean, half)})"
 
 
 def row(method: str, runs: Runs, lora: Runs | None) -> list[str]:
     """The means of the runs, or their differences to LoRA's."""
     cells = [method]
     for key in HEADINGS:
-        digits = 4 if key == "sharpness" else 3
         if key not in runs[0]:
             cell = "-"  # the sharpness of the base
         elif lora:
-            cell = plus_minus(*difference(key, runs, lora), digits)
+            cell = plus_minus(*difference(key, runs, lora))
         else:
-            cell = f"{fmean(run[key] for run in runs):.{digits}f}"
+            cell = f"{fmean(run[key] for run in runs):.4f}"
         cells.append(cell)
     return cells
 
@@ -622,7 +618,7 @@ def report(runs: Runs, task: str) -> str:
         note += " With +-: differences to lora's, paired by seed, and their 95 % intervals."
         last = f"Test loss against lora's: {'; '.join(words)}."
     else:
-        last = "No interval: for one it takes lora, another method and two --seeds, which only add to these runs."
+        last = "No intervals: they need lora, another method and two --seeds. Finished runs are reused."
     return f"{fill(note, 79)}\n{table(rows)}\n\n{fill(last, 79)}"
 
 
@@ -683,7 +679,7 @@ def save_peft(
             config.rank_pattern[pattern] = layer.r
         if layer.alpha != first.alpha:
             config.alpha_pattern[pattern] = layer.alpha
-    with reading("such an adapter"):
+    with reading("the adapter, tried in PEFT,"):
         loaded_by_peft(model, config, tensors)
 
     config.save_pretrained(folder)
@@ -708,7 +704,7 @@ def loaded_by_peft(model: nn.Module, config: Any, tensors: Tensors) -> dict[str,
 
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy without numbers (on the meta device), without adapters and without a wrapper around the model."""
-    memo: dict[int, Any] = {}  # what the copy has in the place of each object
+    memo: dict[int, Any] = {}  # by id, what deepcopy puts in the place of an object instead of copying it
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(p.to("meta"), requires_grad=False)
     for module in model.modules():
@@ -744,7 +740,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
         trains = {name for name, p in rehearsal.named_parameters(remove_duplicate=False) if p.requires_grad}
         unlike = trains ^ (state.keys() - dict(rehearsal.named_buffers()))
         if unlike:
-            raise ValueError(f"its tensors are not all that would train here, as on a tied weight: {unlike}")
+            raise ValueError(f"tensors are missing or left over, as of a tied weight: {unlike}")
     inject_like(layers, whole, model)
     flatlora.load_lora_state_dict(model, state)
     return model
@@ -767,9 +763,10 @@ def either(names: Iterable[str]) -> str:
 def check_plain_lora(given: Mapping[str, Any]) -> None:
     """ValueError: a setting by which PEFT computes something else, even one that this version does not know."""
     plain = extra("peft").LoraConfig().to_dict()
+    free = FREE.split()
     for key, value in given.items():
-        allowed = (plain.get(key), "gaussian", "orthogonal")  # two inits that leave the base as it is
-        if value and key not in FREE.split() and value not in allowed:
+        leaves_the_base = key == "init_lora_weights" and value in ("gaussian", "orthogonal")
+        if value and key not in free and value != plain.get(key) and not leaves_the_base:
             raise ValueError(f"{key}={value!r} is more than plain LoRA, or may have changed the base")
 
 
@@ -850,17 +847,18 @@ def compare(args: Namespace) -> None:
     else:
         base = small_gpt(args)
     base.to(args.device)
-    data = load_data(args, base.config, tokenizer)
+    data = load_data(args, base.config, tokenizer)  # before minutes of pre-training, since it may be wrong
     if not args.init:
-        base = pretrained(base, args)
+        base = pretrain(base, args)
 
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
+    mark = mark_of(base, data, recipe)
     models = {"base": base}  # of the first seed, to write a text
     runs = [{"method": "base", "seed": 0, **losses(base, data, recipe)}]
     for seed in range(args.seeds):
         for method in args.methods:
-            file = run_file(args.out, base, method, data, recipe, seed)
-            model, log = finished_run(base, method, data, recipe, seed, file)
+            file = args.out / f"{method}-{seed}-{mark}.pt"
+            model, log = run_once(base, method, data, recipe, seed, file)
             say(summary(log))
             if args.peft and RANK == 0:
                 save_peft(model, file.with_suffix(""), args.init, fan_in_fan_out=True, task_type="CAUSAL_LM")
@@ -872,14 +870,13 @@ def compare(args: Namespace) -> None:
 
     sources = args.text or [args.data or "Python's package email"]
     text = report(runs, f"GPT-2 fine-tuned on {', '.join(map(str, sources))}.")
-    name = "-".join(["results", *args.methods])
-    results = run_file(args.out, base, name, data, recipe, args.seeds).with_suffix(".json")
+    results = args.out / f"results-{'-'.join(args.methods)}-{args.seeds}-{mark}.json"
     content = {"torch": torch.__version__, "options": vars(args), "runs": runs, "report": text}
     write(results, json.dumps(content, indent=1, default=str).encode())
-    print(f"{text}\n\nNumbers: {results}, beside the adapters of each run.")
+    print(f"{text}\n\nNumbers: {results}; adapters: the .pt files beside it.")
 
     prompt = encode(tokenizer, (args.prompt or "\n").encode()).tolist()
-    shown = "flat" if "flat" in models else method
+    shown = "flat" if "flat" in models else args.methods[-1]
     for name in ("base", shown):
         words = decode(tokenizer, generate(models[name], prompt, 200))
         print(f"\n{name} writes:\n\n{indent(words, '    ')}")
@@ -891,17 +888,17 @@ def small_gpt(args: Namespace) -> GPT:
     return GPT(GPTConfig(args.n_layer, heads, args.n_embd, args.block_size))
 
 
-def pretrained(base: GPT, args: Namespace) -> GPT:
+def pretrain(base: GPT, args: Namespace) -> GPT:
     """The small GPT-2 after training on the text of Python's help()."""
     text = "\n\n".join(topics[key] for key in sorted(topics))
     data = encode(None, text.encode())
     recipe = Recipe(args.pretrain_steps, 3e-3, args.batch_size, block_size=args.block_size, dtype=args.dtype)
-    file = run_file(args.out, base, "base", {"train": data}, recipe, 0)
+    file = args.out / f"base-0-{mark_of(base, {'train': data}, recipe)}.pt"
     base, _ = train(base, "full", data, recipe, 0, file)
     return base
 
 
-def finished_run(
+def run_once(
     base: GPT, method: str, data: Tensors, recipe: Recipe, seed: int, file: Path
 ) -> tuple[GPT, dict[str, Any]]:
     """The trained model and its log with the result, which are read from the file of a finished run."""
@@ -910,7 +907,7 @@ def finished_run(
         result = {"method": method, "seed": seed, **losses(model, data, recipe)}
         result["sharpness"] = sharpness(model, data, recipe)
         log["result"] = result
-        save(file, {"trained": trained(model), "log": log})
+        save(file, {"trained": trained_state(model), "log": log})
     return model, log
 
 
@@ -936,14 +933,14 @@ def parsed() -> Namespace:
     add("--data", type=Path, metavar="DIR", help="with --init: nanoGPT's train.bin and val.bin instead of --text")
     add("--peft", action="store_true", help="with --init: also write each adapter for PEFT, in a folder beside it")
     add("--n-layer", type=int, default=4, help="without --init: blocks of the GPT-2 pre-trained here (%(default)s)")
-    add("--n-embd", type=int, default=128, help="its width, in heads of 32 (%(default)s)")
+    add("--n-embd", type=int, default=128, help="its width; heads are of 32, if that divides it (%(default)s)")
     add("--pretrain-steps", type=int, default=1100, help="its optimizer steps (%(default)s)")
 
     add = parser.add_argument_group("fine-tuning").add_argument
     for f in fields(Recipe):
         add(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, **f.metadata)
 
-    if any(word.partition("=")[0] == "--init" for word in sys.argv):
+    if any(word.startswith("--init") for word in sys.argv):
         parser.set_defaults(methods=["lora", "flat"], seeds=1, eval_windows=32)
         parser.set_defaults(lr=2e-4, batch_size=4, grad_accum=4, block_size=256)
         parser.set_defaults(r=8, alpha=16.0, sigma=0.05, rho=0.05)
@@ -964,8 +961,8 @@ def check(args: Namespace) -> None:
         low = 1 if type(value) is int else 0
         if type(value) in (int, float) and not low <= value <= 10**6:
             raise ValueError(f"--{name.replace('_', '-')} must be from {low} to 1000000, got {value}")
-    flatlora.LoRALinear(nn.Linear(1, 1), 1, args.alpha, args.lora_dropout)  # raises what it does not take
-
+    if args.alpha == 0 or args.lora_dropout >= 1:
+        raise ValueError("--alpha must be above 0, --lora-dropout below 1")
     if args.peft and not args.init:
         raise ValueError("--peft needs --init: PEFT loads adapters onto a model that it can find")
     if args.data and not args.init:

@@ -131,7 +131,7 @@ def test_a_folder_is_fine_tuned_and_served_by_peft_and_both_write_a_text(folder,
     adapter = next(path for path in tmp_path.glob("flat-0-*") if path.is_dir())
     served = peft.AutoPeftModelForCausalLM.from_pretrained(adapter).eval()  # which reads the base's folder in it
     base, tokenizer = train_gpt2.load_gpt2(str(folder))
-    model = train_gpt2.trainable(base, "flat", train_gpt2.Recipe(r=2, alpha=16.0)).eval()
+    model = train_gpt2.model_for(base, "flat", train_gpt2.Recipe(r=2, alpha=16.0)).eval()
     train_gpt2.restore(model, train_gpt2.load(adapter.with_suffix(".pt"))["trained"])
     assert same(model, served)
     assert not same(model, theirs())
@@ -298,7 +298,7 @@ def test_a_mixture_of_experts_is_served_or_refused(targets, tmp_path):
 
     model = fill(flatlora.inject_lora(make(), 2, 8, targets=targets), 0.2, "lora_")
     if "gate_proj" in targets:  # of the dense first layer; PEFT takes these names for the experts
-        with pytest.raises(ValueError, match="such an adapter cannot be used"):
+        with pytest.raises(ValueError, match="the adapter, tried in PEFT, cannot be used"):
             train_gpt2.save_peft(model, tmp_path / "adapter", "the base")
         assert not (tmp_path / "adapter").exists()
     else:
@@ -319,7 +319,7 @@ def of_another_shape(tensors):
     tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"] = torch.ones(3, 16)
 
 
-CHANGES = {"not all that would train here, .*q_proj.lora_A": without_a, "no place for .*o_proj.lora_A": with_another}
+CHANGES = {"missing or left over, .*q_proj.lora_A": without_a, "no place for .*o_proj.lora_A": with_another}
 CHANGES |= {"size mismatch for .*q_proj.lora_A": of_another_shape}
 
 

@@ -181,14 +181,14 @@ def test_a_run_goes_on_from_nothing_but_an_equal_run(tmp_path):
     assert len(run(tmp_path, *words)) == 0
 
 
-def test_the_name_of_a_run_depends_on_the_base(tmp_path):
+def test_the_name_of_a_run_depends_on_the_base():
     torch.manual_seed(0)
     recipe = train_gpt2.Recipe()
     data = {"train": torch.arange(100)}
     names = set()
     for _ in range(2):
         base = train_gpt2.GPT(train_gpt2.GPTConfig(1, 1, 16, 16))
-        names.add(train_gpt2.run_file(tmp_path, base, "lora", data, recipe, 0))
+        names.add(train_gpt2.mark_of(base, data, recipe))
     assert len(names) == 2
 
 
@@ -248,7 +248,7 @@ def test_two_ranks_are_one_process_with_both_noises_and_batches(tmp_path):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     saved = train_gpt2.load(only(out, "flat-0-*.pt"))["trained"]
-    torch.testing.assert_close(saved, train_gpt2.trained(model), rtol=1e-3, atol=2e-6)  # Adam enlarges rounding
+    torch.testing.assert_close(saved, train_gpt2.trained_state(model), rtol=1e-3, atol=2e-6)  # Adam enlarges rounding
 
 
 # ---- Full disks and bad files --------------------------------------------------------------------------------

@@ -55,14 +55,14 @@ def test_help_fits_two_screens_and_shows_every_option(monkeypatch, capsys, tmp_p
 WRONG = {
     "--out SHORT": "SHORT",
     "--text nowhere": "nowhere cannot be used: FileNotFoundError: [Errno 2] No such file",
-    "--text SHORT": "the val text cannot be used: ValueError: it has 8 tokens, the model 16 places: too few",
-    "--text EMPTY": "the train text cannot be used: ValueError: it has 0 tokens",
+    "--text SHORT": "the val text has 8 tokens, and --block-size 16 asks for more",
+    "--text EMPTY": "the train text has 0 tokens",
     "--data BINS": "--data needs --init",
     "--text SHORT --data BINS --init x": "--data takes the place of --text: give one of them",
     "--peft": "--peft needs --init",
-    "--alpha 0": "alpha > 0",
+    "--alpha 0": "--alpha must be above 0",
     "--alpha nan": "--alpha must be from 0 to 1000000, got nan",
-    "--lora-dropout 1": "0 <= dropout < 1",
+    "--lora-dropout 1": "--lora-dropout below 1",
     "--sigma -1": "--sigma must be from 0 to 1000000, got -1.0",
     "--rho nan": "--rho must be from 0 to 1000000, got nan",
     "--lr 1e38": "--lr must be from 0 to 1000000, got 1e+38",
@@ -140,9 +140,15 @@ def test_token_files_of_another_model_are_an_error(folder, monkeypatch, tmp_path
 
 
 def test_a_token_beyond_the_vocabulary_is_an_error():
-    config = train_gpt2.GPTConfig(1, 1, 16, 16)
-    with pytest.raises(ValueError, match="it has the token 256, the model only 256 of them"):
-        train_gpt2.check_ids(np.arange(257), config, 16)
+    config = train_gpt2.GPTConfig(1, 1, 16, 16, vocab_size=122)
+    with pytest.raises(ValueError, match=r"the train text has the token 1\d\d, the model only 122 of them"):
+        train_gpt2.load_data(BARE, config, None)
+
+
+def test_a_window_beyond_the_models_places_is_an_error():
+    config = train_gpt2.GPTConfig(1, 1, 16, block_size=15)
+    with pytest.raises(ValueError, match="--block-size must be at most 15 for this model, got 16"):
+        train_gpt2.load_data(BARE, config, None)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])
@@ -267,10 +273,10 @@ def test_a_run_is_that_of_the_slow_loop(method, change, tmp_path):
     for seed in (0, 1):
         file = tmp_path / f"{seed}.pt"
         model, _ = train_gpt2.train(base, method, data, recipe, seed, file)
-        weights.append(train_gpt2.trained(model))
+        weights.append(train_gpt2.trained_state(model))
 
     slow = slow_run(base, data, method, 1, recipe)
-    torch.testing.assert_close(weights[1], train_gpt2.trained(slow), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights[1], train_gpt2.trained_state(slow), rtol=1e-4, atol=1e-5)
     A = "transformer.h.0.attn.c_attn.lora_A"
     assert not torch.allclose(weights[0][A], weights[1][A])
 
@@ -318,7 +324,7 @@ def saved_run(out, seed):
     """The model of flat, the texts and the result that a run TINY saved."""
     content = train_gpt2.load(only(out, f"flat-{seed}-*.pt"))
     recipe = train_gpt2.Recipe(r=2)
-    model = train_gpt2.trainable(base_of(out), "flat", recipe).eval().to(DEVICE)
+    model = train_gpt2.model_for(base_of(out), "flat", recipe).eval().to(DEVICE)
     train_gpt2.restore(model, content["trained"])
     texts = train_gpt2.load_data(BARE, model.config, None)
     return model, texts, content["log"]["result"]
@@ -355,7 +361,7 @@ def test_sharpness_is_of_the_training_text_at_a_tenth(compared):
 
 
 # ---- What is printed -----------------------------------------------------------------------------------------
-DIGITS = {"val_loss": 3, "test_loss": 3, "ood_loss": 3, "sharpness": 4}  # of each column
+COLUMNS = ["val_loss", "test_loss", "ood_loss", "sharpness"]
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +411,7 @@ def means(runs, keys):
     cells = []
     for key in keys:
         values = [each[key] for each in runs]
-        cells.append(f"{np.mean(values):.{DIGITS[key]}f}")
+        cells.append(f"{np.mean(values):.4f}")
     return cells
 
 
@@ -413,9 +419,9 @@ def test_each_printed_mean_is_in_the_json(printed):
     text, found = printed
     by = by_method(found["runs"])
     of_base, of_lora, *_ = rows(text)
-    *losses, _ = DIGITS
+    *losses, _ = COLUMNS
     assert of_base == ["base", *means(by["base"], losses), "-"]
-    assert of_lora == ["lora", *means(by["lora"], DIGITS)]
+    assert of_lora == ["lora", *means(by["lora"], COLUMNS)]
 
 
 def test_each_printed_difference_is_in_the_json(printed):
@@ -424,12 +430,12 @@ def test_each_printed_difference_is_in_the_json(printed):
     _, _, *others = rows(text)
     for words, method in zip(others, ["flat", "sam"], strict=True):
         expected = [method]
-        for key, digits in DIGITS.items():
+        for key in COLUMNS:
             gaps = []
             for own, lora in zip(by[method], by["lora"], strict=True):
                 gaps.append(own[key] - lora[key])
             half = 12.706 * statistics.stdev(gaps) / math.sqrt(2)  # Student's t of two values
-            cell = train_gpt2.plus_minus(np.mean(gaps), half, digits)
+            cell = train_gpt2.plus_minus(np.mean(gaps), half)
             expected += cell.split()
         assert words == expected
 
@@ -444,20 +450,20 @@ def synthetic(method, losses):
 
 LORA = synthetic("lora", [10.0, 20.0, 30.0])
 VERDICTS = {  # gaps with a standard deviation of 0.1; the t of three values is 4.303, and 4.303 * 0.1 / sqrt(3) = 0.248
-    "flat lower (-0.400 +-0.248)": synthetic("flat", [9.5, 19.6, 29.7]),
-    "flat undecided (-0.300 +-0.248)": synthetic("flat", [9.6, 19.7, 29.8]),
-    "flat undecided (+0.220 +-0.248)": synthetic("flat", [10.12, 20.22, 30.32]),
-    "flat not shown to differ (-0.200 +-0.248)": synthetic("flat", [9.7, 19.8, 29.9]),
-    "flat higher (+0.400 +-0.248)": synthetic("flat", [10.3, 20.4, 30.5]),
+    "flat lower (-0.4000 +-0.2484)": synthetic("flat", [9.5, 19.6, 29.7]),
+    "flat undecided (-0.3000 +-0.2484)": synthetic("flat", [9.6, 19.7, 29.8]),
+    "flat undecided (+0.2200 +-0.2484)": synthetic("flat", [10.12, 20.22, 30.32]),
+    "flat not shown to differ (-0.2000 +-0.2484)": synthetic("flat", [9.7, 19.8, 29.9]),
+    "flat higher (+0.4000 +-0.2484)": synthetic("flat", [10.3, 20.4, 30.5]),
     "flat equal": synthetic("flat", [10.0, 20.0, 30.0]),
-    "sam higher (+0.400 +-0.248)": synthetic("sam", [10.3, 20.4, 30.5]),
+    "sam higher (+0.4000 +-0.2484)": synthetic("sam", [10.3, 20.4, 30.5]),
 }
 
 
 @pytest.mark.parametrize("words", VERDICTS)
 def test_the_verdict_follows_the_intervals_and_long_numbers_fit(words):
     text = train_gpt2.report(LORA + VERDICTS[words], "GPT-2.")
-    assert "12345.679" in text
+    assert "12345.6789" in text
     assert max(map(len, text.splitlines())) <= 80
     assert f"against lora's: {words}." in " ".join(text.split())
 
@@ -466,12 +472,12 @@ def test_one_seed_has_no_interval():
     text = train_gpt2.report(LORA[:1] + synthetic("flat", [0.5]), "GPT-2.")
     assert "+-" not in text
     words = " ".join(text.split())
-    assert "No interval: for one it takes lora, another method and two --seeds" in words
+    assert "No intervals: they need lora, another method and two --seeds" in words
 
 
 def test_no_width_is_rounded_to_zero():
-    assert train_gpt2.plus_minus(0.00004, 0.00002, 3) == "+0.00004 +-0.00002"
-    assert train_gpt2.plus_minus(-0.004, 0.012, 3) == "-0.004 +-0.012"
+    assert train_gpt2.plus_minus(0.00004, 0.00002) == "+0.00004 +-0.00002"
+    assert train_gpt2.plus_minus(-0.004, 0.012) == "-0.0040 +-0.0120"
 
 
 STUDENT = {2: 12.706, 3: 4.303, 10: 2.262, 16: 2.131, 40: 2.131}
