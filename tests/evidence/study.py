@@ -41,9 +41,10 @@ Line = dict[str, Any]  # a run: row, seed, setting, code, and what was measured
 
 
 def movies_rates_rows() -> dict[str, Setting]:
-    """Six settings of each method, on snippets that the results do not use. Two of LoRA's are the strength 0 of all."""
-    rows = {f"LoRA, lr {lr:g}": Setting(lr) for lr in (8e-4, 1e-3, 1.2e-3, 1.4e-3, 1.6e-3, 2e-3)}
-    for lr in (1.2e-3, 1.6e-3):
+    """Nine settings of each method, on snippets of their own. At three of its rates LoRA is the strength 0 of all."""
+    lrs = (4e-4, 5e-4, 6e-4, 8e-4, 1e-3, 1.2e-3, 1.4e-3, 1.6e-3, 2e-3)
+    rows = {f"LoRA, lr {lr:g}": Setting(lr) for lr in lrs}
+    for lr in (8e-4, 1.2e-3, 1.6e-3):
         for sigma in (0.05, 0.15):
             rows[f"Flat-LoRA, lr {lr:g}, sigma {sigma:g}"] = Setting(lr, sigma=sigma)
         for rho in (0.015, 0.05):
@@ -61,8 +62,9 @@ def movies_tuned() -> dict[str, Setting]:
         return {}
 
     found = {}
+    strength_0 = ("LoRA, lr 0.0008", "LoRA, lr 0.0012", "LoRA, lr 0.0016")
     for method in ("LoRA", "Flat-LoRA", "SAM on (A, B)"):
-        own = [row for row in rows if row.startswith((f"{method}, ", "LoRA, lr 0.0012", "LoRA, lr 0.0016"))]
+        own = [row for row in rows if row.startswith((f"{method}, ", *strength_0))]
         best = min(own, key=lambda row: fmean(losses[row]))
         found[method] = rows[best]
     return found
