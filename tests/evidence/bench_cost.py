@@ -471,6 +471,7 @@ def time_table(cells: Mapping[str, Found]) -> str:
             low, median, high = ratio[method]
             row.append(f"{median:.2f} ({low:.2f}-{high:.2f})")
         rows.append(row)
+    rows.append(["rounds", *(str(cell["rounds"]) for cell in cells.values())])
     return table(rows)
 
 
