@@ -113,8 +113,10 @@ def test_runs_needed_make_the_interval_clear_of_zero() -> None:
 
 
 def test_every_claim_names_rows_that_its_study_runs() -> None:
+    rows_of = {name: rows() for name, rows in study.ROWS.items()}
+    rows_of["cost"] = {title for title, _ in tables.load_results()["cost"]}
     for claim in CLAIMS:
-        rows = study.ROWS[claim.task]() if claim.task else {}
+        rows = rows_of[claim.task]
         for _, row, _ in claim.terms:
             assert row in rows or row in tables.FAMILIES
 
