@@ -16,8 +16,8 @@ class Claim:
     letter: str
     says: str  # what the paper says, with its number
     test: str  # what is measured here
-    task: str = ""  # whose runs decide it; none: `test` says why it is not tested
-    terms: tuple[Term, ...] = ()
+    task: str  # whose runs decide it
+    terms: tuple[Term, ...]
     gain: float | None = None  # the paper's number, in the unit of ours
     unit: str = ""
     digits: int = 4

@@ -112,7 +112,7 @@ def decided(results: Results) -> dict[str, tuple[str, str, str]]:
     """Of each claim that was tested the word, the number with Holm's interval, and the number of runs."""
     measured = {}
     for claim in CLAIMS:
-        values = values_of(claim, results) if claim.task else np.array([])
+        values = values_of(claim, results)
         if len(values) > 1:
             measured[claim] = values
     levels = holm_levels([estimate(values).p for values in measured.values()])
