@@ -873,7 +873,7 @@ def compare(args: Namespace) -> None:
     results = args.out / f"results-{'-'.join(args.methods)}-{args.seeds}-{mark}.json"
     content = {"torch": torch.__version__, "options": vars(args), "runs": runs, "report": text}
     write(results, json.dumps(content, indent=1, default=str).encode())
-    print(f"{text}\n\nNumbers: {results}; adapters: the .pt files beside it.")
+    print(f"{text}\n\nNumbers: {results}\nAdapters: the .pt files beside it")
 
     prompt = encode(tokenizer, (args.prompt or "\n").encode()).tolist()
     shown = "flat" if "flat" in models else args.methods[-1]

@@ -230,13 +230,19 @@ def other_tasks(results: Results) -> str:
 
 
 def tuning_table(results: Results) -> str:
-    """The mean loss of each setting over the seeds of tuning."""
-    body = []
-    for row in ROWS["movies_rates"]():
+    """The mean loss of each setting over the seeds of tuning: a column per learning rate."""
+    losses: dict[str, dict[str, str]] = {}
+    for row, setting in ROWS["movies_rates"]().items():
+        rate = f"{setting.lr:g}"
         values = contrast(results["movies_rates"], [(1, row, "test_loss")])
-        if len(values):
-            body.append([row, f"{values.mean():.4f}", str(len(values))])
-    return markdown(["movies, tuning", "loss", "n"], body) + "\n\n" + caption(results, "movies_rates")
+        of_strength = losses.setdefault(row.replace(f", lr {rate}", ""), {})
+        of_strength[rate] = f"{values.mean():.4f}" if len(values) else ""
+
+    rates = list(losses["LoRA"])
+    body = []
+    for strength, by_rate in losses.items():
+        body.append([strength, *(by_rate.get(rate, "") for rate in rates)])
+    return markdown(["movies, tuning: loss", *rates], body) + "\n\n" + caption(results, "movies_rates")
 
 
 def tuned_table(results: Results) -> str:
