@@ -541,10 +541,10 @@ Runs = Sequence[Mapping[str, Any]]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the heading. 78 columns wide."""
+    """The first row is the heading. 76 columns wide, or a little more for a cell that is."""
     lines = []
     for first, *cells in rows:
-        lines.append(f"{first:6}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{first:4}" + "".join(f"  {cell:>16}" for cell in cells))
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
 

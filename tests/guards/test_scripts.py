@@ -468,6 +468,11 @@ def test_the_verdict_follows_the_intervals_and_long_numbers_fit(words):
     assert f"against lora's: {words}." in " ".join(text.split())
 
 
+def test_a_long_cell_does_not_touch_its_neighbour():
+    text = train_gpt2.table([["", "a", "b"], ["flat", "+0.00000 +-0.00002", "-0.0030 +-0.0063"]])
+    assert text.splitlines()[-1].split() == ["flat", "+0.00000", "+-0.00002", "-0.0030", "+-0.0063"]
+
+
 def test_one_seed_has_no_interval():
     text = train_gpt2.report(LORA[:1] + synthetic("flat", [0.5]), "GPT-2.")
     assert "+-" not in text
