@@ -484,7 +484,7 @@ def say(line: str) -> None:
 
 
 def mark_of(base: GPT, data: Tensors, recipe: Recipe) -> str:
-    """Of all that shapes a run, beside method and seed: part of its file's name, so that only an equal one goes on.
+    """A digest of all that shapes a run beside method and seed. In the names of files, it keeps unlike runs apart.
 
     Of a tensor 2^16 numbers count.
     """
@@ -541,7 +541,7 @@ Runs = Sequence[Mapping[str, Any]]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the heading. 76 columns wide, or a little more for a cell that is."""
+    """The first row is the heading. 76 columns wide; a long cell takes more."""
     lines = []
     for first, *cells in rows:
         lines.append(f"{first:4}" + "".join(f"  {cell:>16}" for cell in cells))
@@ -566,7 +566,7 @@ def plus_minus(mean: float, half: float) -> str:
 
 
 def verdict(mean: float, half: float) -> str:
-    """Undecided: an edge of the interval is within a fifth of the mean of zero, and a few more seeds may cross it."""
+    """Undecided: an edge of the interval is so near zero, within a fifth of the mean, that more seeds may cross it."""
     if mean == half == 0:
         return "equal"
     if abs(abs(mean) - half) <= abs(mean) / 5:

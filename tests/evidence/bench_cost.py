@@ -450,9 +450,7 @@ def report(found: Found) -> str:
         parts.append(memory_table(found))
     if "llama" in found:
         parts.append(found["card"])
-        parts.append(
-            "Llama-2-7B's shape in bfloat16: time of a step, by blocks and (micro-batches of) sequences x tokens"
-        )
+        parts.append("Llama-2-7B's shape in bfloat16: time of a step, by blocks and sequences x tokens")
         parts.append(time_table(found["llama"]))
         parts.append("Most memory allocated in a step: LoRA's in GB, the others' above it")
         parts.append(peaks_table(found["llama"]))
@@ -471,7 +469,9 @@ def time_table(cells: Mapping[str, Found]) -> str:
             low, median, high = ratio[method]
             row.append(f"{median:.2f} ({low:.2f}-{high:.2f})")
         rows.append(row)
-    rows.append(["rounds", *(str(cell["rounds"]) for cell in cells.values())])
+
+    rounds = [str(cell["rounds"]) for cell in cells.values()]
+    rows.append(["rounds", *rounds])
     return table(rows)
 
 

@@ -142,7 +142,7 @@ CLAIMS = [
         "J",
         "+2.5 % time, +0.1 GB (Llama-2-7B on an RTX 4090)",
         "cost: 2.5 less the extra time of a step of 4 x 1,024 tokens, in 32 blocks of that model's shape on an NVIDIA "
-        "H200 (added after the other runs, when a card was at hand)",
+        "H200; for memory see Cost (added after the other runs, when a card was at hand)",
         "cost",
         ((1, "all 32, 4 x 1,024", "of_paper"), (-1, "all 32, 4 x 1,024", "extra")),
         unit="% of LoRA's time",

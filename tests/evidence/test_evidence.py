@@ -121,6 +121,20 @@ def test_every_claim_names_rows_that_its_study_runs() -> None:
             assert row in rows or row in tables.FAMILIES
 
 
+def test_each_method_takes_its_best_setting_or_lora_at_a_shared_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"LoRA, lr 0.0005": 1.0, "LoRA, lr 0.0012": 2.0, "SAM on (A, B), lr 0.0016, rho 0.05": 1.5}
+    lines = []
+    for row in study.movies_rates_rows():
+        for seed in range(4):
+            lines.append({"row": row, "seed": seed, "test_loss": best.get(row, 3.0)})
+    monkeypatch.setattr(study, "read_runs", lambda name: lines)
+    expected = {"LoRA": Setting(5e-4), "Flat-LoRA": Setting(1.2e-3), "SAM on (A, B)": Setting(1.6e-3, rho=0.05)}
+    assert study.movies_tuned() == expected
+
+    lines.pop()  # a seed has not run
+    assert study.movies_tuned() == {}
+
+
 def test_a_contrast_by_hand() -> None:
     runs = {}
     for seed, (a, b) in enumerate([(3.0, 1.0), (5.0, 2.0), (9.0, 9.0)]):
