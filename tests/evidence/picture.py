@@ -54,10 +54,10 @@ def draw_strengths(panel: Any, runs: Runs, colours: list[str], metric: str) -> N
         panel.errorbar(range(len(points)), means, yerr=halves, color=colour, marker="o", markersize=3, label=name)
         chosen = lowest_validation(runs, rows)
         panel.plot(chosen, means[chosen], "o", color=colour, markersize=7)
-        for place, row in enumerate(rows, start=1):
-            strength = row.removeprefix(beginning)
-            panel.annotate(strength, (place, means[place]), xytext=(3, 3), textcoords="offset points", fontsize=6)
-    panel.set_xlabel("strength, from none to the strongest tried;\nlarge dot: chosen by the validation loss")
+        strongest = rows[-1].removeprefix(beginning)  # the others' labels would lie on each other
+        end = (len(rows), means[-1])
+        panel.annotate(strongest, end, xytext=(4, 3), textcoords="offset points", color=colour, fontsize=7)
+    panel.set_xlabel("strength, from none to the strongest, which is named;\nlarge dot: chosen by the validation loss")
     panel.set_xticks([])
 
 
