@@ -545,7 +545,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear | PeftLayer]:
         if isinstance(module, LoRALinear):
             found.append((name, module))
         elif hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-            found.append((name, PeftLayer(name, module)))
+            layer = PeftLayer(name, module)
+            if layer.adapters:  # an active adapter may lie on some layers only
+                found.append((name, layer))
     if not found:
         raise ValueError("the model has no LoRA layer: call inject_lora or PEFT's get_peft_model first")
     return by_bare_name(found)
@@ -576,10 +578,8 @@ class PeftLayer:
             raise ValueError(f"{name}: no noise for LoRA on a {self.kind.__name__}, or under accelerate's hooks")
         if layer.lora_variant or layer.merged or layer.disable_adapters:
             raise ValueError(f"{name}: no noise for DoRA and other variants, merged or disabled adapters")
-
-    @property
-    def noise(self) -> Noise | None:
-        return getattr(self.base, "noise", None)
+        self.adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+        self.noise = getattr(self.base, "noise", None)
 
     def merged_weight(self) -> Tensor:
         """W' (m, n)."""
@@ -587,11 +587,10 @@ class PeftLayer:
         if hasattr(W, "quant_state"):
             W = dense(W, self.base.compute_dtype or W.quant_state.dtype)
         merged = W.clone()
-        for adapter in self.layer.active_adapters:
-            if adapter in self.layer.lora_A:
-                A = full(self.layer.lora_A[adapter].weight).to(W.dtype)
-                B = full(self.layer.lora_B[adapter].weight).to(W.dtype)
-                merged.addmm_(B, A, alpha=self.layer.scaling[adapter])
+        for adapter in self.adapters:
+            A = full(self.layer.lora_A[adapter].weight).to(W.dtype)
+            B = full(self.layer.lora_B[adapter].weight).to(W.dtype)
+            merged.addmm_(B, A, alpha=self.layer.scaling[adapter])
         return merged
 
     def set_noise(self, noise: Noise | None) -> None:
