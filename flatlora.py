@@ -578,6 +578,9 @@ class PeftLayer:
             raise ValueError(f"{name}: no noise for LoRA on a {self.kind.__name__}, or under accelerate's hooks")
         if layer.lora_variant or layer.merged or layer.disable_adapters:
             raise ValueError(f"{name}: no noise for DoRA and other variants, merged or disabled adapters")
+        quant_state = getattr(self.base.weight, "quant_state", None)
+        if getattr(quant_state, "packing_format_for_cpu", False):
+            raise ValueError(f"{name}: in an evaluation, bitsandbytes has repacked W for inference on this CPU")
         self.adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         self.noise = getattr(self.base, "noise", None)
 
