@@ -4,9 +4,9 @@ Li et al., ICML 2025, https://arxiv.org/abs/2409.14396; equation numbers are tho
 
     model = inject_lora(model, r=8, alpha=16, targets=["q_proj", "v_proj"])  # or get_peft_model, of PEFT
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)
-    for step, batch in zip(range(total_steps), batches):  # the step counts over all epochs
+    for step, batch in enumerate(batches):  # the batches of all epochs, total_steps in number
         optimizer.zero_grad()
-        with perturbed(model, sigma_at(step, total_steps, sigma=0.05), seed=(run, step)):
+        with perturbed(model, sigma_at(step, total_steps, sigma=0.05), seed=step):
             loss_fn(model, batch).backward()
         optimizer.step()
     model = merge_lora(model)  # for PEFT: model.merge_and_unload()
@@ -16,7 +16,8 @@ LoRA.    A linear layer has a weight W with m rows (outputs) and n columns (inpu
 
 Flat.    A minimum is flat if the loss stays low when the weights move a little. Such minima often generalise better.
          What is used in the end is W', so the loss should be flat around W', in all of its m n directions. Noise on
-         A and B would miss most of them: while B is small, it moves the rows of W' only within the span of A's r rows.
+         A and B would miss most of them. While B is near zero, noise on A has almost no effect on W', and noise on B
+         moves the rows of W' only within the span of A's r rows.
 
 Noise.   So Flat-LoRA minimises the expected loss under noise on W',
 
@@ -30,17 +31,18 @@ Filter.  A filter is a row of W': the weights W'_i of one output. Its noise is s
          strong and weak rows are perturbed in proportion. Using |W_i| would ignore what training has added to the row.
 
 Sigma.   Because of the 1 / n, E|eps_i|^2 = sigma^2 |W'_i|^2: each row moves by about a fraction sigma of its length,
-         however many inputs it has. For independent inputs of mean zero and equal variance, the variance of every
-         output grows by the factor 1 + sigma^2; if all inputs have the mean mu, by a further sigma^2 |W'_i|^2 mu^2
-         (proposition 3.2). The paper's best values of sigma are 0.05 to 0.15.
+         however many inputs it has. So the outputs do not depend on n either: for independent inputs of equal variance,
+         the noise multiplies the variance of every output by 1 + sigma^2 and, if the inputs have the mean mu, adds
+         sigma^2 |W'_i|^2 mu^2 (proposition 3.2). The paper's best values of sigma are 0.05 to 0.15.
 
 Frozen.  W is never written. Since (W' + eps) x = (W + eps) x + s B A x, the layer computes W + eps in new memory,
          multiplies by it and frees it; the backward computes it again. In between, a layer keeps one number per row and
          a start position in a shared table of normal numbers (32 MB in float32, 16 MB in half precision). An exception
          or Ctrl-C leaves no noise behind.
 
-The method ends at "To compare with". Below that line stand SAM, the functions that put adapters into a model, save and
-merge them, the support for PEFT's layers, and the departures from the paper and from the authors' code.
+The method ends at "To compare with". Below it come SAM, the functions that put adapters into a model, save and merge
+them, the support for PEFT's layers, and the departures from the paper and from the authors' code. For an ordinary model
+`full` and `dense` return the weight that they are given; they serve weights that are sharded or held in 4 bits.
 """
 
 from __future__ import annotations
@@ -71,11 +73,11 @@ class LoRALinear(nn.Linear):
     noise: Noise | None = None  # inside `perturbed`: what is added to W
 
     def forward(self, x: Tensor) -> Tensor:
-        # The adapter first: older autocast would reuse a cast of x, made in `_NoisyLinear`, that has no gradient.
+        # The adapter comes first: `_NoisyLinear` casts x without gradient tracking, and older autocast would reuse it.
         down = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
-        update = F.linear(down * self.scaling, self.lora_B)  # (..., m)
+        up = F.linear(down * self.scaling, self.lora_B)  # (..., m)
         out = noisy_linear(x, self.frozen_weight, self.bias, self.noise)  # (..., m)
-        return (out + update).to(out.dtype)
+        return (out + up).to(out.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -103,7 +105,7 @@ class LoRALinear(nn.Linear):
         return {**self.__dict__, "noise": None}  # so a copy made inside `perturbed` is clean
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Accept a checkpoint of the model without adapters, too."""
+        """Accept a checkpoint of the model without adapters, too (with strict=False, since it has no A and B)."""
         if prefix + "weight" in state_dict:
             state_dict[prefix + "frozen_weight"] = state_dict.pop(prefix + "weight")
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -184,7 +186,7 @@ class Noise(NamedTuple):
     normals: Tensor  # (m, n), a view of the table
 
     def added_to(self, weight: Tensor) -> Tensor:
-        return torch.addcmul(weight, self.normals, self.scale)
+        return torch.addcmul(weight, self.normals, self.scale).to(weight.dtype)
 
 
 def draw_noise(merged: Tensor, sigma: float, seed: Any, name: str = "") -> Noise:
@@ -198,18 +200,19 @@ def draw_noise(merged: Tensor, sigma: float, seed: Any, name: str = "") -> Noise
 
     The seed and the name fix `start` and the signs. All rows together are one strided view, so nothing is copied.
 
-    Each eps_ij has the distribution of eq. 7, and any two are uncorrelated. They are not all independent, since all
-    layers and steps share the table; in layers of more than 4 million weights, even windows of one layer overlap.
+    Over random seeds, each eps_ij has the distribution of eq. 7, and any two are uncorrelated. They are not all
+    independent, since all layers and steps share the table. In a layer of more than 4 million weights, as in most
+    layers of a 7B model, the windows of its rows overlap.
     """
     m, n = merged.shape
     spacing = max(8, TABLE_SIZE // m // 8 * 8)  # compiled kernels need rows that are aligned to 8 numbers
     length = (m - 1) * spacing + n  # from the first number of the first row to the last number of the last row
     table = normal_table(merged.dtype, merged.device)  # (2 * TABLE_SIZE,)
 
-    # For a plain int, a text or a tuple, JSON is the text of the seed; `tolist` is for numbers of numpy and torch.
+    # The seed and the name are written as JSON. `tolist` converts numpy's and torch's numbers.
     text = json.dumps([seed, name], default=lambda number: number.tolist(), allow_nan=False)
     generator = random.Random(text)
-    start = generator.randrange(0, min(TABLE_SIZE, len(table) - length), 8)
+    start = generator.randrange(0, min(TABLE_SIZE, len(table) - length), 8)  # the last row must end inside the table
     start_of_signs = generator.randrange(TABLE_SIZE)
 
     normals = table.as_strided((m, n), (spacing, 1), start)
@@ -253,8 +256,7 @@ class _NoisyLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, noise: Noise) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.noise = noise
-        W = dense(weight, noise.scale.dtype)
-        noisy = noise.added_to(W).to(W.dtype)  # (m, n)
+        noisy = noise.added_to(dense(weight, noise.scale.dtype))  # (m, n)
         return F.linear(x, noisy, bias)
 
     @staticmethod
@@ -342,8 +344,8 @@ def sam_step(
 ) -> float:
     """One step of sharpness-aware minimisation (Foret et al. 2021) of all that trains. Returns the first pass's loss.
 
-    The first pass gives the gradient g. The second gives the gradient at (A, B) + rho g / |g|, the worst point nearby,
-    by which A and B are updated from where they were. So W' moves only as A and B can move it (eq. 3).
+    The first pass gives the gradient g. The second gives the gradient at (A, B) + rho g / |g|, the worst point nearby.
+    A and B are then restored and updated with that gradient. So W' moves only as A and B can move it (eq. 3).
 
     Errors as in `flat_lora_step`. ValueError: rho is negative or not finite.
     """
@@ -397,7 +399,7 @@ def sharpness(
     clean = mean_loss()
     noisy = 0.0
     for sample in range(samples):
-        with perturbed(model, sigma, ("sharpness", seed, sample)):  # never the noise of a training step
+        with perturbed(model, sigma, ("sharpness", seed, sample)):  # a seed that no training step uses
             noisy += mean_loss()
     return noisy / samples - clean
 
@@ -411,8 +413,8 @@ def inject_lora(
     """Freeze the model and add LoRA to the layers named by `targets`. Returns the model.
 
     `targets` is a list of names, where "q_proj" stands for every layer called so, or one regular expression for full
-    names. The expression skips what cannot get an adapter; a name in the list must not. To train a part in full, such
-    as a new head, unfreeze it afterwards: `model.head.requires_grad_()`.
+    names. The expression skips layers that cannot get an adapter; for a name in the list they are an error. To train a
+    part in full, such as a new head, unfreeze it afterwards: `model.head.requires_grad_()`.
 
     ValueError, before anything is changed: no layer has the name, or a layer of that name cannot get an adapter.
     """
@@ -475,7 +477,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what trains, by name, with each layer's scaling. Save a model from PEFT by its `save_pretrained`.
+    """A copy of what trains, by name, with each layer's scaling. For a model from PEFT, use its `save_pretrained`.
 
     `{"h.0.q_proj.lora_A": (r, n), "h.0.q_proj.lora_B": (m, r), ..., "h.0.q_proj.scaling": (), ...}`
 
@@ -598,7 +600,7 @@ class PeftLayer:
 
     def set_noise(self, noise: Noise | None) -> None:
         """Change the class of the frozen layer: to a NoisyBase, or back if there is no noise."""
-        attributes = vars(self.base)  # past nn.Module's own way of setting attributes, which would register the owner
+        attributes = vars(self.base)  # bypasses nn.Module's __setattr__, which would register the owner as a submodule
         if noise is not None:
             attributes.update(noise=noise, owner=self.layer)
             self.base.__class__ = noisy_class(self.kind)
