@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import flatlora
-from flatlora import LoRALinear, inject_lora, lora_layers, lora_parameters
+from flatlora import add_lora, inject_lora, lora_layers, lora_parameters
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
@@ -27,14 +27,14 @@ def plain_model(dtype=torch.float64, device="cpu"):
 
 def adapted_model(dtype=torch.float64, device="cpu"):
     """The tiny model with adapters, whose s is 6 / 3 = 2."""
-    model = inject_lora(plain_model(dtype, device), r=3, alpha=6)
+    model = inject_lora(plain_model(dtype, device), r=3, alpha=6, targets=["0", "2"])
     return with_nonzero_B(model)
 
 
 def adapted_layer(m=16, n=12, dropout=0.0):
     """One layer of n inputs and m outputs, whose s is 6 / 3 = 2. In float32."""
     torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(n, m), r=3, alpha=6, dropout=dropout)
+    layer = add_lora(nn.Linear(n, m), r=3, alpha=6, dropout=dropout)
     return with_nonzero_B(layer)
 
 
@@ -54,11 +54,6 @@ def batch(size=16, dtype=torch.float64, device="cpu", seed=1):
     return x.to(device, dtype), y.to(device)
 
 
-def data_parallel(model):
-    """On the CPU also where there is a GPU, to which DataParallel moves its model."""
-    return nn.DataParallel(model).cpu()
-
-
 def quarters(batch):
     """The batch as four micro-batches of equal size."""
     x, y = batch
@@ -75,7 +70,7 @@ def sgd(model, lr=0.1):
     return torch.optim.SGD(lora_parameters(model), lr=lr)
 
 
-# ---- The three kinds of step, called alike ----
+# ---- The three kinds of step, with the same arguments ----
 
 
 def lora_step(model, loss_fn, batches, optimizer):
@@ -95,23 +90,29 @@ def sam_step(model, loss_fn, batches, optimizer):
 
 def merged(layer):
     """W' = W + s B A, (m, n)."""
-    return layer.base.weight + layer.scaling * (layer.lora_B @ layer.lora_A)
+    return layer.frozen_weight + layer.scaling * (layer.lora_B @ layer.lora_A)
 
 
-def row_std(weight, sigma):
+def row_std(merged, sigma):
     """Eq. 7, in plain Python: sigma |W'_i| / sqrt(n) for each row of W' (m, n), as (m, 1)."""
     stds = []
-    for row in weight.tolist():
+    for row in merged.tolist():
         length = math.sqrt(sum(w * w for w in row))
         stds.append([sigma * length / math.sqrt(len(row))])
-    return torch.tensor(stds, dtype=weight.dtype)
+    return torch.tensor(stds, dtype=merged.dtype)
+
+
+def plain_noise(merged, sigma):
+    """Eq. 7 with normals that are drawn freshly: what the noise of `perturbed` stands for, (m, n)."""
+    m, n = merged.shape
+    return row_std(merged, sigma) * torch.randn(m, n)
 
 
 def eps_of(layer):
-    """The noise that a perturbed layer holds, (m, n); zero outside of a perturbation."""
+    """The noise that a layer has inside `perturbed`, (m, n); zero outside of it."""
     if layer.noise is None:
-        return torch.zeros_like(layer.base.weight)
-    return layer.noise.signed_std * layer.noise.normals
+        return torch.zeros_like(layer.frozen_weight)
+    return layer.noise.scale * layer.noise.normals
 
 
 def noise_of(model, sigma=0.3, seed=0):
@@ -126,7 +127,7 @@ def dense_output(model, x):
     W1 = merged(first) + eps_of(first)
     W2 = merged(second) + eps_of(second)
 
-    hidden = tanh(x @ W1.T + first.base.bias)  # (size, 16)
+    hidden = tanh(x @ W1.T + first.bias)  # (size, 16)
     return hidden @ W2.T
 
 

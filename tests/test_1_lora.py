@@ -1,6 +1,5 @@
-"""LoRA: a frozen linear layer plus s B A, which is put in, trained, saved, loaded and merged."""
+"""LoRA: a frozen linear layer plus s B A. How it is added, trained, saved, loaded and merged."""
 
-import copy
 import math
 
 import pytest
@@ -11,12 +10,14 @@ from torch import nn
 
 from flatlora import (
     LoRALinear,
+    add_lora,
     inject_lora,
     load_lora_state_dict,
     lora_layers,
     lora_parameters,
     lora_state_dict,
     merge_lora,
+    perturbed,
 )
 
 # ---- The layer ----
@@ -24,17 +25,25 @@ from flatlora import (
 
 def test_layer_computes_wx_plus_sbax():  # eq. 1
     layer = ref.adapted_layer()
-    W, b = layer.base.weight, layer.base.bias
+    W, b = layer.frozen_weight, layer.bias
     A, B = layer.lora_A, layer.lora_B
     s = 6 / 3  # alpha / r
     x = torch.randn(5, 7, 12)
     torch.testing.assert_close(layer(x), x @ W.T + b + s * (x @ A.T) @ B.T)
 
 
-def test_weight_is_w_prime():  # for whoever reads `layer.weight`
+def test_weight_is_w_prime():  # for models that multiply by it instead of calling the layer
     layer = ref.adapted_layer()
-    expected = layer.base.weight + (6 / 3) * layer.lora_B @ layer.lora_A
+    expected = layer.frozen_weight + (6 / 3) * layer.lora_B @ layer.lora_A
     torch.testing.assert_close(layer.weight, expected)
+
+
+def test_assigning_to_weight_is_an_error():  # B A would be counted twice
+    layer = ref.adapted_layer()
+    with pytest.raises(KeyError, match="weight"):
+        layer.weight = nn.Parameter(layer.weight)
+    with pytest.raises(AttributeError, match="weight"):
+        layer.weight = layer.weight.detach()
 
 
 def test_gradients_are_those_of_the_dense_formula():
@@ -43,36 +52,30 @@ def test_gradients_are_those_of_the_dense_formula():
     torch.testing.assert_close(ref.gradients(model), ref.dense_gradients(model, data))
 
 
-def test_first_output_is_the_bases():
+def test_first_output_is_the_bases():  # since B starts at zero
     model = ref.plain_model()
     x, _ = ref.batch()
     before = model(x)
 
-    inject_lora(model, r=3)
+    inject_lora(model, r=3, targets=["0", "2"])
 
     assert torch.equal(model(x), before)  # bit for bit
 
 
-@pytest.mark.parametrize("n", [1_000, 10_000])
-def test_a_starts_as_nn_linear_starts_its_weight(n):
-    layer = LoRALinear(nn.Linear(n, 4), r=5)
-    bound = 1 / math.sqrt(n)  # nn.Linear draws uniformly from -bound to bound
+def test_a_starts_as_nn_linear_starts_its_weight():
+    layer = add_lora(nn.Linear(10_000, 4), r=5)
+    bound = 1 / math.sqrt(10_000)  # nn.Linear draws uniformly from -bound to bound
     std = bound / math.sqrt(3)  # of a uniform draw
     assert layer.lora_A.abs().max() <= bound
     assert layer.lora_A.std().item() == pytest.approx(std, rel=0.05)
 
 
-def test_b_starts_at_zero():
-    layer = LoRALinear(nn.Linear(12, 16), r=5)
-    assert torch.equal(layer.lora_B, torch.zeros(16, 5))
-
-
-def test_adapters_of_a_half_precision_layer_are_float32():  # which would lose small updates
-    layer = LoRALinear(nn.Linear(12, 16, dtype=torch.bfloat16))
+def test_adapters_of_a_half_precision_layer_are_float32():  # which keeps small updates
+    layer = add_lora(nn.Linear(12, 16, dtype=torch.bfloat16))
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
 
 
-def test_dropout_acts_on_the_adapter_path():
+def test_dropout_acts_on_the_input_of_the_adapter():
     layer = ref.adapted_layer(dropout=0.5)
     x = torch.randn(5, 12)
 
@@ -81,18 +84,21 @@ def test_dropout_acts_on_the_adapter_path():
     torch.manual_seed(0)
     dropped = F.dropout(x, 0.5)
 
-    adapter_path = 2 * (dropped @ layer.lora_A.T) @ layer.lora_B.T
-    torch.testing.assert_close(out, layer.base(x) + adapter_path)
+    update = 2 * (dropped @ layer.lora_A.T) @ layer.lora_B.T
+    torch.testing.assert_close(out, x @ layer.frozen_weight.T + layer.bias + update)
 
 
-def test_dropout_is_off_in_evaluation():
-    layer = ref.adapted_layer(dropout=0.5)
+def test_dropout_is_off_in_a_model_in_evaluation():
+    layer = ref.with_nonzero_B(add_lora(nn.Linear(12, 16).eval(), dropout=0.5))
     x = torch.randn(5, 12)
-    layer.eval()
-    torch.testing.assert_close(layer(x), F.linear(x, ref.merged(layer), layer.bias))
+    torch.testing.assert_close(layer(x), x @ ref.merged(layer).T + layer.bias)
 
 
 # ---- Which layers get adapters ----
+
+
+class Projection(nn.Linear):
+    """Somebody's own class, which computes as nn.Linear does."""
 
 
 class Net(nn.Module):
@@ -103,60 +109,67 @@ class Net(nn.Module):
         self.wte = nn.Embedding(5, 8)
         self.h = nn.ModuleList()
         for _ in range(2):
-            block = {"attn": nn.Linear(8, 8), "xattn": nn.Linear(8, 8)}
+            block = {"attn": Projection(8, 8), "xattn": nn.Linear(8, 8)}
             self.h.append(nn.ModuleDict(block))
         self.head = nn.Linear(8, 5, bias=False)
         self.head.weight = self.wte.weight
 
 
-def adapted_names(targets):
-    return list(lora_layers(inject_lora(Net(), r=2, targets=targets)))
+TARGETS = [
+    (["attn"], ["h.0.attn", "h.1.attn"]),  # every layer called so, but not h.0.xattn
+    (["1.xattn", "0.attn"], ["h.0.attn", "h.1.xattn"]),  # a longer name stands for one layer
+    (r"h\.0|h\.1\..*", ["h.1.attn", "h.1.xattn"]),  # one expression for full names, and no layer is called "h.0"
+    (".*", ["h.0.attn", "h.0.xattn", "h.1.attn", "h.1.xattn"]),  # skips the embedding and the tied head
+]
 
 
-def test_a_name_stands_for_all_layers_called_so():
-    assert adapted_names(["attn"]) == ["h.0.attn", "h.1.attn"]  # not h.0.xattn
+@pytest.mark.parametrize(("targets", "names"), TARGETS, ids=str)
+def test_targets_name_layers(targets, names):
+    model = inject_lora(Net(), r=2, targets=targets)
+    assert list(lora_layers(model)) == names
 
 
-def test_a_longer_name_stands_for_one_layer():
-    assert adapted_names(["1.xattn", "0.attn"]) == ["h.0.attn", "h.1.xattn"]
+NO_TARGETS = [
+    (["attn", "atn"], "atn' fits the name of no layer"),  # a typo
+    ([".attn"], "the name of no layer"),  # a dot is a dot; as any letter, it would fit h.0.xattn
+    ("attn", "the name of no layer"),  # an expression is for full names
+    (["attn", "wte"], "wte is not a plain nn.Linear but a Embedding"),
+    (["head"], "head shares its weight with another layer"),
+]
 
 
-def test_a_dot_in_a_name_is_a_dot():
-    with pytest.raises(ValueError, match="fits none of"):
-        adapted_names([".attn"])  # if it stood for any letter, this were h.0.xattn
-
-
-def test_a_string_is_one_expression_for_whole_names():
-    assert adapted_names(r"h\.0|h\.1\..*") == ["h.1.attn", "h.1.xattn"]  # no layer is called "h.0"
-
-
-def test_a_tied_layer_is_passed_over():  # an adapter would untie it
-    assert "head" not in adapted_names(".*")
-
-
-def test_a_layer_held_by_two_modules_gets_one_adapter():
+@pytest.mark.parametrize(("targets", "reason"), NO_TARGETS, ids=str)
+def test_what_cannot_get_an_adapter_is_an_error_with_the_reason(targets, reason):
     model = Net()
-    model.last = model.h[1]["attn"]
+    with pytest.raises(ValueError, match=reason):
+        inject_lora(model, r=2, targets=targets)
+    assert type(model.h[0]["attn"]) is Projection  # nothing was changed
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_second_adapter_is_an_error():
+    model = inject_lora(Net(), r=2, targets=["attn"])
+    with pytest.raises(ValueError, match=r"h\.0\.attn has an adapter already"):
+        inject_lora(model, r=2, targets=["attn"])
+
+
+def test_a_layer_changes_in_place_and_back():
+    model = Net()
+    layer = model.last = model.h[1]["attn"]  # held twice
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append("hook"))
 
     inject_lora(model, r=2, targets=["attn"])
 
-    assert isinstance(model.last, LoRALinear)
-    assert model.last is model.h[1]["attn"]
-
-
-def test_a_layer_held_by_two_modules_is_merged_in_both():
-    model = Net()
-    model.last = model.h[1]["attn"]
-
-    merge_lora(inject_lora(model, r=2, targets=["attn"]))
-
-    assert type(model.last) is nn.Linear
-    assert model.last is model.h[1]["attn"]
-
-
-def test_a_lone_layer_is_adapted():
-    layer = inject_lora(nn.Linear(12, 16), r=2)
+    assert layer is model.last is model.h[1]["attn"]
     assert isinstance(layer, LoRALinear)
+    layer(torch.ones(8))
+    assert calls == ["hook"]
+
+    merge_lora(model)
+
+    assert layer is model.last is model.h[1]["attn"]
+    assert type(layer) is Projection
 
 
 # ---- What trains ----
@@ -167,102 +180,99 @@ def names_that_train(model):
 
 
 def test_only_the_adapters_train():
-    model = inject_lora(ref.plain_model(), r=2)
+    model = ref.adapted_model()
     assert names_that_train(model) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"]
-
-
-def test_a_later_injection_leaves_the_first_alone():
-    model = ref.with_nonzero_B(inject_lora(ref.plain_model(), r=2, targets=["0"]))
-    first = lora_parameters(model)
-    values = ref.adapters(model)  # copies of them
-
-    inject_lora(model, r=3)
-
-    assert model[0].lora_A is first[0]
-    assert model[0].lora_B is first[1]
-    ref.assert_same_bits([model[0].lora_A, model[0].lora_B], values)
-    assert model[2].r == 3
-    assert names_that_train(model) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"]
-
-
-@pytest.mark.parametrize("mode", [True, False])
-def test_adapters_have_the_mode_of_the_model(mode):
-    model = inject_lora(ref.plain_model().train(mode), r=2, dropout=0.5)
-    assert model[0].lora_dropout.training == mode
 
 
 def model_with_a_head():
-    """A new head, a normalisation and two linear layers, which trains whole."""
-    head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 8), nn.Linear(8, 4))
-    model = nn.Sequential()
-    model.add_module("body", nn.Linear(12, 16))
-    model.add_module("head", head)
-    return inject_lora(model, r=2, modules_to_save=["head"])
+    """The new head, a normalisation and a linear layer, trains in full."""
+    head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 4))
+    model = nn.ModuleDict({"body": nn.Linear(12, 16), "head": head})
+    inject_lora(model, r=2, targets=["body"])
+    model["head"].requires_grad_()
+    return model
 
 
-def test_modules_to_save_train_whole():
+def test_what_is_unfrozen_trains_too():
     model = model_with_a_head()
-    head = list(model.head.parameters())
-    assert all(p.requires_grad for p in head)
-
-
-def test_modules_to_save_get_no_adapters():
-    model = model_with_a_head()
-    assert list(lora_layers(model)) == ["body"]  # and neither of the two linear layers in the head
-
-
-def test_modules_to_save_are_lora_parameters():
-    model = model_with_a_head()
-    expected = [model.body.lora_A, model.body.lora_B, *model.head.parameters()]
+    expected = [model["body"].lora_A, model["body"].lora_B, *model["head"].parameters()]
     given = lora_parameters(model)
     assert [id(p) for p in given] == [id(p) for p in expected]
 
 
-def test_modules_to_save_are_in_the_state():
+def test_a_later_injection_leaves_alone_what_trains():
     model = model_with_a_head()
-    state = lora_state_dict(model)
-    for name, tensor in model.head.state_dict().items():  # with BatchNorm's running mean
-        assert torch.equal(state[f"head.{name}"], tensor)
+    before = lora_parameters(model)
+    values = ref.adapters(model)  # copies of them
+
+    inject_lora(model, r=3, targets=["1"])  # in the head
+
+    ref.assert_same_bits(before, values)
+    added = {"head.1.lora_A", "head.1.lora_B"}
+    kept = {"body.lora_A", "body.lora_B", "head.0.weight", "head.0.bias"}
+    assert set(names_that_train(model)) == kept | added
 
 
-def test_modules_to_save_load():
-    model, other = model_with_a_head(), model_with_a_head()
-    model(torch.randn(5, 12))  # moves the running mean
-
-    load_lora_state_dict(other, lora_state_dict(model))
-
-    assert torch.equal(other.head[0].running_mean, model.head[0].running_mean)
-    assert torch.equal(other.head[1].weight, model.head[1].weight)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_in_half_precision_is_an_error(dtype):  # most updates would be rounded away
+    model = ref.adapted_model().to(dtype)
+    with pytest.raises(ValueError, match="what trains must be float32"):
+        lora_parameters(model)
 
 
-# ---- Saving, loading, merging ----
+# ---- Saving and loading ----
 
 
-def test_the_state_is_all_that_trains_with_each_alpha():
+def test_the_state_is_all_that_trains_with_each_scaling():
     state = lora_state_dict(ref.adapted_model())
-    assert list(state) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "0.alpha", "2.alpha"]
-    assert state["0.alpha"] == 6
+    assert list(state) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "0.scaling", "2.scaling"]
+    assert state["0.scaling"] == 6 / 3
 
 
-def test_the_state_is_a_copy():
+def test_a_state_loads_and_is_a_copy():
     model = ref.adapted_model()
+    other = inject_lora(ref.plain_model(), r=3, alpha=60, targets=["0", "2"])
+    x, _ = ref.batch()
+    expected = model(x)
+
     state = lora_state_dict(model)
+    load_lora_state_dict(other, state)
+    assert torch.equal(other(x), expected)
+
     nn.init.zeros_(model[0].lora_B)
+    nn.init.zeros_(other[0].lora_B)
     assert state["0.lora_B"].any()
 
 
-def test_the_state_loads():
-    model, other = ref.adapted_model(), inject_lora(ref.plain_model(), r=3, alpha=6)
+def test_a_head_is_in_the_state():
+    model, other = model_with_a_head(), model_with_a_head()
+    model["head"](torch.randn(5, 16))  # moves BatchNorm's running mean
+
     load_lora_state_dict(other, lora_state_dict(model))
-    ref.assert_same_bits(ref.adapters(other), ref.adapters(model))
+
+    expected = model["head"].state_dict()  # with the running mean
+    torch.testing.assert_close(other["head"].state_dict(), expected, rtol=0, atol=0)
 
 
-def test_a_loaded_state_is_copied():
+def test_a_state_of_version_02_is_an_error_and_changes_nothing():
     model = ref.adapted_model()
+    before = ref.adapters(model)
     state = lora_state_dict(model)
-    load_lora_state_dict(model, state)
-    nn.init.zeros_(model[0].lora_B)
-    assert state["0.lora_B"].any()
+    state["0.lora_A"] += 1
+    state["0.alpha"] = state.pop("0.scaling")
+
+    with pytest.raises(ValueError, match=r"0\.scaling is missing"):
+        load_lora_state_dict(model, state)
+    ref.assert_same_bits(ref.adapters(model), before)
+
+
+def test_the_state_of_a_frozen_model_is_an_error():  # such as a copy for an average of weights
+    model = ref.adapted_model().requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing trains"):
+        lora_state_dict(model)
+
+
+# ---- Merging ----
 
 
 def test_merging_keeps_the_output():
@@ -271,73 +281,29 @@ def test_merging_keeps_the_output():
     expected = model(x)
 
     assert merge_lora(model) is model
-    assert type(model[0]) is type(model[2]) is nn.Linear
+
     torch.testing.assert_close(model(x), expected)
+    assert model.state_dict().keys() == ref.plain_model().state_dict().keys()
+    assert names_that_train(model) == []
 
 
 def test_merging_does_not_write_the_base():
     model = ref.adapted_model()
-    base = model[0].base.weight
-    before = ref.bytes_of(base)
+    W = model[0].frozen_weight
+    before = ref.bytes_of(W)
     merge_lora(model)
-    assert ref.bytes_of(base) == before
+    assert ref.bytes_of(W) == before
 
 
-def test_a_merged_layer_is_frozen():
-    assert names_that_train(merge_lora(ref.adapted_model())) == []
-
-
-@pytest.mark.parametrize("mode", [True, False])
-def test_a_merged_layer_has_the_mode_of_the_model(mode):
+def test_merging_inside_the_noise_is_an_error():
     model = ref.adapted_model()
-    model.train(mode)
-    merge_lora(model)
-    assert model[0].training == mode
+    with perturbed(model, sigma=0.3, seed=0), pytest.raises(ValueError, match="outside of `perturbed`"):
+        merge_lora(model)
 
 
-def test_a_lone_layer_is_merged():
-    layer = ref.adapted_layer()  # a model of one layer, which `merge_lora` cannot replace inside of it
-
-    linear = merge_lora(layer)
-
-    assert type(linear) is nn.Linear
-    torch.testing.assert_close(linear.weight, ref.merged(layer))
-    assert torch.equal(linear.bias, layer.bias)
-
-
-# ---- Models that read `weight` and do without the layer's forward ----
-
-
-class ChunkedHead(nn.Module):
-    """Reads `head.weight` past the layer: a loss in chunks, without the logits of all tokens in memory at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(16, 16)
-        self.head = nn.Linear(16, 5, bias=False)
-
-    def forward(self, x):  # (B, T, C)
-        losses = []
-        for chunk in self.body(x).flatten(0, 1).split(4):  # (4, C)
-            logits = chunk @ self.head.weight.T  # (4, 5)
-            losses.append(F.cross_entropy(logits, torch.arange(4)))
-        return torch.stack(losses)
-
-
-def test_a_model_that_reads_weight_computes_with_w_prime():
-    plain = ChunkedHead().double()
-    model = ref.with_nonzero_B(inject_lora(copy.deepcopy(plain), r=2))
-    x = torch.randn(2, 6, 16, dtype=torch.float64)
-    torch.testing.assert_close(model(x), ref.dense_call(plain, model, x))
-
-
-def test_a_model_that_reads_weight_trains_the_adapter():
-    plain = ChunkedHead().double()
-    model = ref.with_nonzero_B(inject_lora(copy.deepcopy(plain), r=2))
-    x = torch.randn(2, 6, 16, dtype=torch.float64)
-
-    model(x).sum().backward()
-
-    dense_loss = ref.dense_call(plain, model, x).sum()  # `plain` with W' = W + s B A: autograd reaches A and B
-    expected = torch.autograd.grad(dense_loss, lora_parameters(model))
-    torch.testing.assert_close(ref.gradients(model), list(expected))
+def test_a_merged_weight_that_overflows_is_an_error():
+    model = ref.adapted_model(torch.float16)
+    nn.init.constant_(model[2].lora_B, 1e8)  # float16 ends at 65504
+    with pytest.raises(FloatingPointError, match="merged weight of '2' is not finite"):
+        merge_lora(model)
+    assert isinstance(model[2], LoRALinear)
