@@ -10,7 +10,7 @@ import reference as ref
 import torch
 from torch import nn
 
-from flatlora import flat_lora_step, inject_lora, lora_parameters, perturbed, sigma_at
+from flatlora import flat_lora_step, inject_lora, lora_parameters, normal_table, perturbed, sigma_at
 
 # ---- Its size ----
 
@@ -159,6 +159,7 @@ def test_a_hundred_steps_write_no_bit_of_the_base():
 
 
 def test_a_step_uses_no_global_generator():
+    normal_table.cache_clear()  # so that this step draws the table
     model = ref.adapted_model()
     of_torch = torch.get_rng_state()
     of_python = random.getstate()
