@@ -115,6 +115,10 @@ class Net(nn.Module):
         self.head.weight = self.wte.weight
 
 
+def names_that_train(model):
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
 TARGETS = [
     (["attn"], ["h.0.attn", "h.1.attn"]),  # every layer called so, but not h.0.xattn
     (["1.xattn", "0.attn"], ["h.0.attn", "h.1.xattn"]),  # a longer name stands for one layer
@@ -127,6 +131,7 @@ TARGETS = [
 def test_targets_name_layers(targets, names):
     model = inject_lora(Net(), r=2, targets=targets)
     assert list(lora_layers(model)) == names
+    assert all("lora_" in name for name in names_that_train(model))  # and nothing else
 
 
 NO_TARGETS = [
@@ -148,7 +153,7 @@ def test_what_cannot_get_an_adapter_is_an_error_with_the_reason(targets, reason)
 
 
 def test_a_second_adapter_is_an_error():
-    model = inject_lora(Net(), r=2, targets=["attn"])
+    model = inject_lora(Net(), r=2, targets=["0.attn"])
     with pytest.raises(ValueError, match=r"h\.0\.attn has an adapter already"):
         inject_lora(model, r=2, targets=["attn"])
 
@@ -173,10 +178,6 @@ def test_a_layer_changes_in_place_and_back():
 
 
 # ---- What trains ----
-
-
-def names_that_train(model):
-    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 def model_with_a_head():

@@ -58,6 +58,7 @@ def test_the_loop_takes_a_model_from_peft():
     with perturbed(ours, sigma=0.3, seed=0):  # the noise of layers with the same names and weights
         expected = ref.dense_gradients(ours, data)
     torch.testing.assert_close(ref.gradients(model), expected)
+    torch.testing.assert_close(ref.loss_fn(model, data), ref.dense_loss(ours, data))  # after the noise
 
 
 def test_sigma_zero_is_lora():
