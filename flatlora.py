@@ -70,7 +70,7 @@ class LoRALinear(nn.Linear):
     `add_lora` turns an nn.Linear into a LoRALinear in place. W becomes the parameter `frozen_weight`.
     """
 
-    noise: Noise | None = None  # inside `perturbed`: what is added to W
+    noise: Noise | None  # inside `perturbed`: what is added to W
 
     def forward(self, x: Tensor) -> Tensor:
         # The adapter comes first: `_NoisyLinear` casts x without gradient tracking, and older autocast would reuse it.
@@ -130,6 +130,7 @@ def add_lora(layer: nn.Linear, r: int = 8, alpha: float = 16, dropout: float = 0
     layer.lora_B = nn.Parameter(B)
     layer.lora_dropout = nn.Dropout(dropout).train(layer.training)
     layer.scaling = alpha / r
+    layer.noise = None
     return layer
 
 
@@ -419,17 +420,17 @@ def inject_lora(
     ValueError, before anything is changed: no layer has the name, or a layer of that name cannot get an adapter.
     """
     is_list = not isinstance(targets, str)
-    patterns = [rf"(.*\.)?{re.escape(name)}" for name in targets] if is_list else [targets]
     modules = dict(model.named_modules())
     holders = Counter(p for module in modules.values() for p in module.parameters(recurse=False))
 
     chosen = set()
-    for pattern in patterns:
+    for target in targets if is_list else [targets]:
+        pattern = rf"(.*\.)?{re.escape(target)}" if is_list else target
         named = {name: obstacle(module, holders) for name, module in modules.items() if re.fullmatch(pattern, name)}
         fitting = {name for name, reason in named.items() if not reason}
         if not fitting or (is_list and len(fitting) < len(named)):
             reasons = [f"{name} {reason}" for name, reason in named.items() if reason]
-            raise ValueError(f"targets: {pattern!r} fits {reasons[:3] or 'the name of no layer'}")
+            raise ValueError(f"targets: {target!r} fits {reasons[:3] or 'the name of no layer'}")
         chosen |= fitting
 
     if not any(isinstance(module, LoRALinear) for module in modules.values()):
@@ -444,10 +445,10 @@ def obstacle(module: nn.Module, holders: Mapping[Tensor, int]) -> str:
     """Why a module cannot get an adapter; empty if it can. `holders` counts the modules that hold a parameter."""
     if isinstance(module, LoRALinear):
         return "has an adapter already"
-    kind = type(module)
-    is_hooked = "forward" in vars(module)  # by accelerate, around the forward of this instance
-    if kind.forward is not nn.Linear.forward or is_hooked or type(module.weight) is not nn.Parameter:
-        return f"is not a plain nn.Linear but a {kind.__name__}"
+    if type(module).forward is not nn.Linear.forward:
+        return f"is a {type(module).__name__}, not an nn.Linear"
+    if "forward" in vars(module) or type(module.weight) is not nn.Parameter:
+        return "has a forward of its own, as under accelerate's hooks, or a weight that is not a plain parameter"
     if holders[module.weight] > 1:
         return "shares its weight with another layer"
     return ""
@@ -498,7 +499,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     A state of version 0.2 has alpha in place of scaling: scaling is alpha / r.
     """
     own = lora_state_dict(model)
-    for name in own.keys() | state.keys():
+    for name in own | dict(state):
         if name not in own or name not in state or own[name].shape != state[name].shape:
             raise ValueError(f"{name} is missing, not in the model or of another shape")
     for name, tensor in trained_state(model).items():
@@ -521,7 +522,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
         finite(f"merged weight of {name!r}", merged.abs().max())
         layer.__class__ = layer.plain_class
         layer.weight = nn.Parameter(merged, requires_grad=False)
-        del layer.frozen_weight, layer.lora_A, layer.lora_B, layer.lora_dropout, layer.scaling, layer.plain_class
+        del layer.frozen_weight, layer.lora_A, layer.lora_B, layer.lora_dropout
+        del layer.scaling, layer.noise, layer.plain_class
     return model
 
 
