@@ -15,12 +15,12 @@ def test_the_loop_of_the_docstring():  # eq. 6: p <- p - lr * (the gradient at W
     model = ref.adapted_model()
     optimizer = ref.sgd(model, lr=0.1)
 
-    for step in range(1, 4):
+    for step in range(4):
         data = ref.batch(seed=step)
         start = ref.adapters(model)
 
         optimizer.zero_grad()
-        with perturbed(model, sigma_at(step, 4, sigma=0.3), seed=(0, step)):
+        with perturbed(model, sigma_at(step, 4, sigma=0.3), seed=step):
             ref.loss_fn(model, data).backward()
             gradients = ref.dense_gradients(model, data)
         optimizer.step()
@@ -96,13 +96,14 @@ def test_a_step_runs_the_model_once():
     assert passes == ["forward", "backward"]
 
 
-def test_micro_batches_take_the_step_of_the_whole_batch():
+@pytest.mark.parametrize("take_step", [ref.flat_step, ref.sam_step])
+def test_micro_batches_take_the_step_of_the_whole_batch(take_step):
     model = ref.adapted_model()
     twin = ref.adapted_model()
     data = ref.batch(size=16)
 
-    whole_loss = ref.flat_step(model, ref.loss_fn, [data], ref.sgd(model))
-    parts_loss = ref.flat_step(twin, ref.loss_fn, ref.quarters(data), ref.sgd(twin))
+    whole_loss = take_step(model, ref.loss_fn, [data], ref.sgd(model))
+    parts_loss = take_step(twin, ref.loss_fn, ref.quarters(data), ref.sgd(twin))
 
     assert parts_loss == pytest.approx(whole_loss)
     torch.testing.assert_close(ref.adapters(twin), ref.adapters(model))

@@ -24,7 +24,7 @@ def test_sam_takes_the_gradient_at_the_moved_factors():
         p.data += 0.3 * gradient / norm
     second = ref.dense_gradients(moved, data)
 
-    ref.loss_fn(model, data).backward()  # gradients left over do not count
+    ref.loss_fn(model, ref.batch(seed=2)).backward()  # gradients left over do not count
     given = sam_step(model, ref.loss_fn, [data], ref.sgd(model, lr=0.1), rho=0.3)
 
     assert given == pytest.approx(first_loss)
@@ -83,18 +83,6 @@ def test_sam_stands_still_where_no_gradient_leads_away():
 
     ref.sam_step(model, level_loss_fn, [ref.batch()], ref.sgd(model))
     ref.assert_same_bits(ref.adapters(model), start)
-
-
-def test_sam_on_micro_batches_takes_the_step_of_the_whole_batch():
-    model = ref.adapted_model()
-    twin = ref.adapted_model()
-    data = ref.batch(size=16)
-
-    whole_loss = ref.sam_step(model, ref.loss_fn, [data], ref.sgd(model))
-    parts_loss = ref.sam_step(twin, ref.loss_fn, ref.quarters(data), ref.sgd(twin))
-
-    assert parts_loss == pytest.approx(whole_loss)
-    torch.testing.assert_close(ref.adapters(twin), ref.adapters(model))
 
 
 def test_sam_clips():
