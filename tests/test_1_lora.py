@@ -135,10 +135,10 @@ def test_targets_name_layers(targets, names):
 
 
 NO_TARGETS = [
-    (["attn", "atn"], "atn' fits the name of no layer"),  # a typo
+    (["attn", "atn"], "'atn' fits the name of no layer"),  # a typo
     ([".attn"], "the name of no layer"),  # a dot is a dot; as any letter, it would fit h.0.xattn
     ("attn", "the name of no layer"),  # an expression is for full names
-    (["attn", "wte"], "wte is not a plain nn.Linear but a Embedding"),
+    (["attn", "wte"], "wte is a Embedding, not an nn.Linear"),
     (["head"], "head shares its weight with another layer"),
 ]
 
