@@ -235,10 +235,9 @@ TABLE_SIZE = 2**22
 @functools.cache
 def normal_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """TABLE_SIZE normals, twice in a row, so that windows can run past the end: (2 * TABLE_SIZE,)."""
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training
-        normals = torch.empty(TABLE_SIZE, dtype=torch.float32, device="cpu")
-        normals.normal_(generator=torch.Generator("cpu").manual_seed(0))
-        return normals.repeat(2).to(device, dtype)
+    normals = torch.empty(TABLE_SIZE, dtype=torch.float32, device="cpu")
+    normals.normal_(generator=torch.Generator("cpu").manual_seed(0))
+    return normals.repeat(2).to(device, dtype)
 
 
 def noisy_linear(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Noise | None) -> Tensor:
@@ -446,7 +445,7 @@ def obstacle(module: nn.Module, holders: Mapping[Tensor, int]) -> str:
     if isinstance(module, LoRALinear):
         return "has an adapter already"
     if type(module).forward is not nn.Linear.forward:
-        return f"is a {type(module).__name__}, not an nn.Linear"
+        return f"is of type {type(module).__name__}, not nn.Linear"
     if "forward" in vars(module) or type(module.weight) is not nn.Parameter:
         return "has a forward of its own, as under accelerate's hooks, or a weight that is not a plain parameter"
     if holders[module.weight] > 1:

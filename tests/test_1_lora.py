@@ -138,7 +138,7 @@ NO_TARGETS = [
     (["attn", "atn"], "'atn' fits the name of no layer"),  # a typo
     ([".attn"], "the name of no layer"),  # a dot is a dot; as any letter, it would fit h.0.xattn
     ("attn", "the name of no layer"),  # an expression is for full names
-    (["attn", "wte"], "wte is a Embedding, not an nn.Linear"),
+    (["attn", "wte"], "wte is of type Embedding, not nn.Linear"),
     (["head"], "head shares its weight with another layer"),
 ]
 
