@@ -49,21 +49,39 @@ class Classifier(nn.Module):
 class Movies:
     samples = 4
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        snippets: int = 500,
+        steps: int = 64,
+        tuning_test: int = 400,
+        other_half: bool = False,
+        brief: bool = False,
+    ) -> None:
+        """`other_half`: the test is that half of the snippets to which no typos were made before, with fresh typos.
+
+        `brief`: without the tests in other domains, under fewer typos and after rounding, which take half of the time.
+        """
+        self.snippets = snippets
+        self.steps = steps
+        self.tuning_test = tuning_test
         self.encoder, self.tokenize = load_minilm()
         movies, *others = [read(domain) for domain in DOMAINS]
         self.for_tuning = movies[:3000]
         self.for_training = movies[5000:]
         test = sorted(movies[3000:5000], key=length)
 
-        self.tests = {"test": self.batches(test)}
+        half = test[1::2] if other_half else test[::2]
+        self.tests = {"test": self.batches(half if other_half else test)}
         for severity, share in TYPOS.items():
-            rng = np.random.default_rng(severity)
-            wrong = [(with_typos(text, share, rng), label) for text, label in test[::2]]
+            if brief and severity < 5:
+                continue
+            rng = np.random.default_rng(severity + 100 * other_half)
+            wrong = [(with_typos(text, share, rng), label) for text, label in half]
             self.tests[f"typos_{severity}"] = self.batches(wrong)
-        for domain, snippets in zip(DOMAINS[1:], others):
-            self.tests[domain] = self.batches(sorted(snippets[:200], key=length))
-        self.rounded = self.batches(test[::4])
+        if not brief:
+            for domain, found in zip(DOMAINS[1:], others):
+                self.tests[domain] = self.batches(sorted(found[:200], key=length))
+        self.rounded = [] if brief else self.batches(test[::4])
 
     def adapted(self, seed: int, setting: Setting) -> nn.Module:
         encoder = copy.deepcopy(self.encoder, {id(p): p for p in self.encoder.parameters()})
@@ -75,16 +93,20 @@ class Movies:
         rng = np.random.default_rng([seed, tuning])
         pool = self.for_tuning if tuning else self.for_training
         drawn = [pool[i] for i in rng.permutation(len(pool))]
-        train = drawn[:500]
-        tests = {"test": self.batches(sorted(drawn[500:900], key=length))} if tuning else self.tests
+        train = drawn[: self.snippets]
+        tests = self.tests
+        if tuning:
+            own = drawn[self.snippets : self.snippets + self.tuning_test]
+            tests = {"test": self.batches(sorted(own, key=length))}
 
         steps = []
-        while len(steps) < 64:
-            shuffled = [train[i] for i in rng.permutation(500)]
-            for at in range(0, 448, 64):  # four steps of 16 snippets each, those of like length together
+        while len(steps) < self.steps:
+            shuffled = [train[i] for i in rng.permutation(len(train))]
+            for at in range(0, len(train) - 63, 64):  # four steps of 16 snippets each, those of like length together
                 steps += self.batches(sorted(shuffled[at : at + 64], key=length), 16)
         probe = self.batches(sorted(train[:64], key=length), 64)
-        return Data(steps[:64], self.batches(sorted(train, key=length)), probe, tests, self.rounded, keep_answers=True)
+        of_train = self.batches(sorted(train[:500], key=length))
+        return Data(steps[: self.steps], of_train, probe, tests, self.rounded, keep_answers=True)
 
     def batches(self, snippets: Sequence[Snippet], size: int = 50) -> list[Batch]:
         """Snippets of like length stand together, so that little is padded."""

@@ -182,6 +182,8 @@ def measure(model: nn.Module, data: Data, seed: int, samples: int) -> dict[str, 
         if data.keep_answers:
             result[f"{name}_right"] = packed(right)
 
+    if not data.rounded:
+        return result
     before, _ = evaluate(model, data.rounded)
     for name in names:
         linear = model.get_submodule(name)
@@ -192,7 +194,7 @@ def measure(model: nn.Module, data: Data, seed: int, samples: int) -> dict[str, 
 
 
 def run(task: Task, setting: Setting, seed: int, tuning: bool = False) -> dict[str, Any]:
-    """Train and measure once. Tuning gives the loss of its test alone, on data of its own."""
+    """Train and measure once. Tuning gives loss and accuracy of its test alone, on data of its own."""
     data = task.data(seed, tuning)
     torch.manual_seed(seed)  # the same adapters for every method
     model = task.adapted(seed, setting)
@@ -203,8 +205,8 @@ def run(task: Task, setting: Setting, seed: int, tuning: bool = False) -> dict[s
     seconds = time.perf_counter() - begin
 
     if tuning:
-        loss, _ = evaluate(flatlora.merge_lora(model), data.tests["test"])
-        return {"test_loss": loss, "seconds": seconds}
+        loss, right = evaluate(flatlora.merge_lora(model), data.tests["test"])
+        return {"test_loss": loss, "test_acc": 100 * right.double().mean().item(), "seconds": seconds}
     return {**measure(model, data, seed, task.samples), "seconds": seconds}
 
 
