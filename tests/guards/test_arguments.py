@@ -1,6 +1,5 @@
 """Wrong arguments and layers that cannot get an adapter: an error that says why, before anything has changed."""
 
-import copy
 import math
 import re
 
@@ -138,32 +137,17 @@ def weight_of_another_class(layer):
 
 
 CHANGES = [
-    forward_of_the_instance,
-    forward_of_the_class,
-    weight_of_another_class,
-    nn.utils.parametrizations.weight_norm,
+    (forward_of_the_class, "is a Halved, not an nn.Linear"),
+    (forward_of_the_instance, "has a forward of its own"),
+    (weight_of_another_class, "a weight that is not a plain parameter"),
+    (nn.utils.parametrizations.weight_norm, "a weight that is not a plain parameter"),
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_layer_that_does_more_is_an_error_if_listed_and_skipped_by_an_expression(change):
+@pytest.mark.parametrize(("change", "reason"), CHANGES)
+def test_a_layer_that_does_more_is_an_error_if_listed_and_skipped_by_an_expression(change, reason):
     model = ref.plain_model()
     change(model[2])
-    with pytest.raises(ValueError, match="is not a plain nn"):
-        inject_lora(model, targets=["0", "2"])
-    assert type(model[0]) is nn.Linear
+    with pytest.raises(ValueError, match=reason):
+        inject_lora(model, targets=["2"])
     assert list(lora_layers(inject_lora(model, targets=".*"))) == ["0"]
-
-
-def test_attention_is_adapted_under_any_name():
-    """nn.MultiheadAttention multiplies by the weight of its out_proj, a subclass of nn.Linear."""
-    attention = nn.MultiheadAttention(16, 2)
-    model = ref.with_nonzero_B(inject_lora(copy.deepcopy(attention), targets=".*"))
-    assert list(lora_layers(model)) == ["out_proj"]
-
-    x = torch.randn(6, 2, 16)
-    with perturbed(model, 0.3, seed=0):
-        out, _ = model(x, x, x)
-        weight = ref.merged(model.out_proj) + ref.eps_of(model.out_proj)
-    dense, _ = torch.func.functional_call(attention, {"out_proj.weight": weight}, (x, x, x))
-    torch.testing.assert_close(out, dense)

@@ -21,26 +21,24 @@ from flatlora import inject_lora, lora_parameters, lora_state_dict, perturbed
 # ---- Models that multiply by a weight instead of calling its layer -------------------------------------------
 
 
-def encoder_layer():
-    """In evaluation without gradients, the whole layer is one fused kernel, which is given the weights."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_computes_with_w_prime_plus_eps(fused, monkeypatch):
+    """It multiplies by the weight of its out_proj. In evaluation without gradients, the layer is one fused kernel."""
     torch.manual_seed(0)
-    return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).double().eval()
-
-
-def test_the_fused_kernel_computes_with_w_prime_plus_eps(monkeypatch):
-    plain = encoder_layer()
+    plain = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).double().eval()
     model = ref.with_nonzero_B(inject_lora(copy.deepcopy(plain), r=2, targets=".*"))
     x = torch.randn(2, 6, 16, dtype=torch.float64)
     kernel, calls = torch._transformer_encoder_layer_fwd, []
 
     def counting_kernel(*arguments):
-        calls.append(1)
+        calls.append("fused")
         return kernel(*arguments)
 
     monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", counting_kernel)
-    with perturbed(model, 0.3, seed=0), torch.no_grad():
+    with perturbed(model, 0.3, seed=0), torch.set_grad_enabled(not fused):
         torch.testing.assert_close(model(x), ref.dense_call(plain, model, x))
-    assert calls
+    assert bool(calls) == fused
+    assert "self_attn.out_proj" in flatlora.lora_layers(model)
 
 
 WORDS = torch.arange(24).reshape(2, 12) % 20  # (B, T)

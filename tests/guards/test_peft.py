@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 
 import flatlora
-from flatlora import inject_lora, lora_parameters, perturbed
+from flatlora import lora_parameters, perturbed
 
 accelerate, bitsandbytes, peft, transformers = map(library, ["accelerate", "bitsandbytes", "peft", "transformers"])
 
@@ -192,18 +192,6 @@ def test_nothing_of_the_size_of_w_is_kept_for_the_backward(kind):
     assert all(tensor.numel() < 16 * n or ref.memory_of(tensor) in own for tensor in kept)
 
 
-def test_the_noise_is_that_of_a_layer_of_our_own():
-    theirs, ours = adapted(llama()), inject_lora(llama(), r=3, alpha=6, targets=["q_proj", "down_proj"])
-    for p, of_theirs in zip(lora_parameters(ours), lora_parameters(theirs), strict=True):
-        p.data = of_theirs.data.clone()
-    with perturbed(theirs, 0.3, SEED), perturbed(ours, 0.3, SEED):
-        given, expected = flatlora.lora_layers(theirs), flatlora.lora_layers(ours)
-        for name, layer in expected.items():
-            ref.assert_same_bits(given[name].noise.normals, layer.noise.normals)
-            torch.testing.assert_close(given[name].noise.scale, layer.noise.scale)
-        assert list(given) == list(expected)
-
-
 def test_float32_states_before_4_bit_layers_that_compute_in_bfloat16():
     model = quantised(bnb_4bit_compute_dtype=torch.bfloat16)
     model = adapted(peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
@@ -271,15 +259,16 @@ def test_under_autocast(kind):
 
 
 SMALL = {
-    "Linear": lambda: nn.Linear(16, 16),
-    "Conv1D": lambda: transformers.pytorch_utils.Conv1D(16, 16),
-    "4 bits": lambda: bitsandbytes.nn.Linear4bit(16, 16, compute_dtype=torch.float32).to("cpu"),
+    "Linear": nn.Linear(16, 16),
+    "Conv1D": transformers.pytorch_utils.Conv1D(16, 16),
+    "4 bits": bitsandbytes.nn.Linear4bit(16, 16, compute_dtype=torch.float32).to("cpu"),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_twelve_compiled_steps_with_and_without_noise_are_two_graphs(kind):
-    model = adapted(nn.Sequential(SMALL[kind](), nn.Tanh(), SMALL[kind]()), target_modules=["0", "2"])
+    layers = [copy.deepcopy(SMALL[kind]) for _ in range(2)]
+    model = adapted(nn.Sequential(*layers), target_modules=["0", "1"])
     x = torch.randn(5, 16)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -325,41 +314,32 @@ def test_a_copy_made_inside_the_noise_is_clean_and_can_be_perturbed_later(kind, 
 # ---- Errors --------------------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
+def on(layer, **settings):
+    return adapted(nn.Sequential(layer), target_modules=["0"], **settings)
 
 
-def merged():
-    model = adapted(llama())
-    model.merge_adapter()
+def after(change, model):
+    change(model)
     return model
 
 
-def disabled():
-    model = adapted(llama())
-    model.base_model.disable_adapter_layers()
+def repacked():
+    """As bitsandbytes leaves it after an evaluation on some CPUs."""
+    model = adapted(quantised())
+    next(iter(flatlora.lora_layers(model).values())).base.weight.quant_state.packing_format_for_cpu = True
     return model
 
 
-def offloaded():
-    return accelerate.cpu_offload(adapted(llama()))
-
-
-def in_8_bits():
-    model = nn.Sequential(bitsandbytes.nn.Linear8bitLt(8, 8, has_fp16_weights=False))
-    return adapted(model, target_modules=["0"])
-
-
+LINEAR = nn.Linear(8, 8)
 REFUSED = {
-    "DoRA": lambda: adapted(llama(), use_dora=True),
-    "merged": merged,
-    "disabled": disabled,
-    "hooks": offloaded,
-    "Linear8bitLt": in_8_bits,
-    "Embedding": lambda: adapted(llama(), target_modules=["embed_tokens"]),
-    "Conv2d": lambda: adapted(Block(), target_modules=["conv"]),
+    "DoRA": lambda: on(LINEAR, use_dora=True),
+    "merged": lambda: after(lambda model: model.merge_adapter(), on(LINEAR)),
+    "disabled": lambda: after(lambda model: model.base_model.disable_adapter_layers(), on(LINEAR)),
+    "hooks": lambda: accelerate.cpu_offload(on(LINEAR)),
+    "repacked": repacked,
+    "Linear8bitLt": lambda: on(bitsandbytes.nn.Linear8bitLt(8, 8, has_fp16_weights=False)),
+    "Embedding": lambda: on(nn.Embedding(8, 8)),
+    "Conv2d": lambda: on(nn.Conv2d(3, 4, 1)),
     "no LoRA layer": llama,
 }
 
