@@ -170,7 +170,7 @@ WRAPPERS = {
 def test_a_wrapper_changes_neither_the_noise_nor_the_state(wrap, one_rank):
     model = inject_lora(ChildCalledModule(), r=2, targets=".*")
     wrapped = wrap(copy.deepcopy(model))
-    ref.assert_same_bits(list(ref.noise_of(wrapped).values()), list(ref.noise_of(model).values()))
+    ref.assert_same_bits(ref.noise_of(wrapped), ref.noise_of(model))
     state = lora_state_dict(model)
     assert list(lora_state_dict(wrapped)) == list(state)
 
@@ -193,12 +193,12 @@ def test_a_copy_made_inside_the_noise_is_clean(make):
 
 
 def test_four_threads_may_run_one_perturbed_model():
-    layers = [nn.Linear(n, 448 - n) for n in (192, 256, 192, 256)]
-    model = inject_lora(nn.Sequential(*layers), r=3, targets=".*")
-    inputs = [torch.randn(8, 192, requires_grad=True) for _ in range(40)]
+    model = nn.Sequential(nn.Linear(192, 256), nn.Linear(256, 192))
+    inject_lora(model, r=3, targets=".*")
+    inputs = [torch.randn(8, 192) for _ in range(40)]
 
     def gradients(x):
-        return torch.autograd.grad(model(x).square().sum(), [x, *lora_parameters(model)])
+        return torch.autograd.grad(model(x).square().sum(), lora_parameters(model))
 
     with perturbed(model, 0.3, seed=0), ThreadPoolExecutor(4) as pool:
         given = list(pool.map(gradients, inputs))

@@ -123,7 +123,8 @@ def dense_call(model, tokens, sigma=0.3, seed=SEED):
 
 def loss_of(logits, tokens):
     """Of the next token."""
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    logits, targets = logits[:, :-1], tokens[:, 1:]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def loss_fn(model, tokens):
@@ -333,7 +334,8 @@ def after(change, model):
 def repacked():
     """As bitsandbytes leaves it after an evaluation on some CPUs."""
     model = adapted(quantised())
-    next(iter(flatlora.lora_layers(model).values())).base.weight.quant_state.packing_format_for_cpu = True
+    for layer in flatlora.lora_layers(model).values():
+        layer.base.weight.quant_state.packing_format_for_cpu = True
     return model
 
 

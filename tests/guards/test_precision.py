@@ -17,6 +17,10 @@ HALVES = [torch.bfloat16, torch.float16]
 STEPS = [ref.lora_step, ref.flat_step, ref.sam_step]
 
 
+def gradients(out, wrt):
+    return torch.autograd.grad(out.square().sum(), wrt)
+
+
 # ---- Half precision ------------------------------------------------------------------------------------------
 
 
@@ -67,7 +71,7 @@ def test_the_noise_is_in_the_dtype_of_w_and_its_norms_are_taken_in_float32(dtype
 
     W = torch.randn(64, 1000).to(dtype)
     expected = ref.row_std(W.double(), 1.0)
-    torch.testing.assert_close(flatlora.row_std(W, 1.0), expected.to(dtype), rtol=0, atol=0)
+    assert torch.equal(flatlora.row_std(W, 1.0), expected.to(dtype))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -85,10 +89,11 @@ def test_gradients_are_within_the_rounding_of_the_dense_ones(dtype, autocast):
     dense = F.linear(exact_x, ref.merged(exact) + eps, exact.bias)
 
     assert out.dtype == dtype
-    given = torch.autograd.grad(out.float().square().sum(), [exact_x, layer.lora_A, layer.lora_B])
-    expected = torch.autograd.grad(dense.square().sum(), [exact_x, exact.lora_A, exact.lora_B])
-    for one, other in zip([out, *given], [dense, *expected]):
-        assert (one - other).norm() < 8 * torch.finfo(dtype).eps * other.norm()
+    given = [out, *gradients(out.float(), [exact_x, *lora_parameters(layer)])]
+    expected = [dense, *gradients(dense, [exact_x, *lora_parameters(exact)])]
+    tolerance = 8 * torch.finfo(dtype).eps
+    for one, other in zip(given, expected):
+        assert (one - other).norm() < tolerance * other.norm()
 
 
 @pytest.mark.parametrize(("sigma", "share"), [(0.01, 0.82), (0.001, 0.22)])
@@ -96,7 +101,8 @@ def test_in_bfloat16_a_small_sigma_rounds_away_as_the_departures_say(sigma, shar
     torch.manual_seed(0)
     W = torch.randn(256, 1024).bfloat16()
     noisy = draw_noise(W, sigma, seed=0).added_to(W)
-    assert (noisy != W).double().mean().item() == pytest.approx(share, abs=0.02)
+    moved = (noisy != W).double().mean()
+    assert moved == pytest.approx(share, abs=0.02)
 
 
 # ---- Autocast ------------------------------------------------------------------------------------------------
@@ -132,23 +138,22 @@ def test_autocast_may_surround_the_loop(step, device):
 
 # ---- Shapes --------------------------------------------------------------------------------------------------
 
-SHAPES = [(1, 5, (3,)), (5, 1, (3,)), (300, 2, (3,)), (7, 5, ()), (7, 5, (0,)), (7, 5, (2, 3, 4))]
+SHAPES = [(3, 1), (300,), (0, 7), (2, 3, 4, 7)]  # of x
 
 
-@pytest.mark.parametrize(("n", "m", "before"), SHAPES)
-def test_odd_shapes(n, m, before):
-    layer = ref.adapted_layer(m, n).double()
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("m", [1, 5])
+def test_odd_shapes(shape, m):
+    layer = ref.adapted_layer(m, n=shape[-1]).double()
     layer.bias.requires_grad_()
-    x = torch.randn(*before, n, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     with perturbed(layer, 0.3, seed=0):
         out = layer(x)
         dense = F.linear(x, ref.merged(layer) + ref.eps_of(layer), layer.bias)
 
     torch.testing.assert_close(out, dense)
     wrt = [x, *lora_parameters(layer)]
-    given = torch.autograd.grad(out.square().sum(), wrt)
-    expected = torch.autograd.grad(dense.square().sum(), wrt)
-    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(gradients(out, wrt), gradients(dense, wrt))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -211,9 +216,11 @@ def test_the_noise_does_not_depend_on_where_it_is_first_drawn(place, device):
     of_torch = torch.get_rng_state()
     given = place(model.to(device))
 
-    torch.testing.assert_close({name: eps.cpu() for name, eps in given.items()}, expected)
+    for name, eps in given.items():
+        torch.testing.assert_close(eps.cpu(), expected[name])
     assert torch.equal(torch.get_rng_state(), of_torch)
-    ref.flat_step(model, ref.loss_fn, [ref.batch(device=device)], ref.sgd(model))  # its table serves training
+    batches = [ref.batch(device=device)]
+    ref.flat_step(model, ref.loss_fn, batches, ref.sgd(model))  # the table that was made there serves training
 
 
 def test_ctrl_c_while_the_noise_is_drawn_leaves_nothing_behind(monkeypatch):
