@@ -137,7 +137,7 @@ def weight_of_another_class(layer):
 
 
 CHANGES = [
-    (forward_of_the_class, "is a Halved, not an nn.Linear"),
+    (forward_of_the_class, "is of type Halved, not nn.Linear"),
     (forward_of_the_instance, "has a forward of its own"),
     (weight_of_another_class, "a weight that is not a plain parameter"),
     (nn.utils.parametrizations.weight_norm, "a weight that is not a plain parameter"),
