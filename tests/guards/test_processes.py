@@ -136,7 +136,7 @@ def test_two_processes_take_the_steps_of_one(folder, name, train):
 def test_the_state_of_a_sharded_model_is_complete(folder):
     names = list(lora_state_dict(ref.adapted_model()))
     for rank in (0, 1):
-        state = torch.load(f"{folder}/state {rank}.pt")  # no DTensors, which it would refuse
+        state = torch.load(f"{folder}/state {rank}.pt")
         assert list(state) == names
         *adapters, _, _ = state.values()
         ref.assert_same_bits(adapters, torch.load(f"{folder}/FSDP sam {rank}.pt"))
