@@ -1,0 +1,15 @@
+"""Libraries that are no requirement of the project."""
+
+import importlib
+import os
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs a network
+
+
+def library(name):
+    """The module. Without it the caller is skipped, except where FLATLORA_ALL_TESTS is set: there it is an error."""
+    if "FLATLORA_ALL_TESTS" in os.environ:
+        return importlib.import_module(name)
+    return pytest.importorskip(name, reason='needs pip install -e ".[peft]"')
