@@ -204,8 +204,9 @@ def test_float32_states_before_4_bit_layers_that_compute_in_bfloat16():
     model = quantised(bnb_4bit_compute_dtype=torch.bfloat16)
     model = adapted(peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
     with perturbed(model, 0.3, SEED):
-        loss = loss_fn(model, TOKENS)
-        given = gradients(loss, model)
+        given = gradients(loss_fn(model, TOKENS), model)
+        for layer in flatlora.lora_layers(model).values():
+            assert layer.layer(torch.ones(3, 64)).dtype == torch.float32
     assert_close_in_norm(given, gradients(dense_loss(model, TOKENS), model), 0.1)
 
 
