@@ -1,327 +1,290 @@
-"""Runs of train_gpt2.py that are stopped, killed, started twice or split over two ranks end as if they had not been.
+"""Runs of train_gpt2.py are those of a slow loop, also if they are killed, repeated, or split over two ranks."""
 
-Finished runs are kept. On a full disk or with bad files nothing is lost, and one line says what is wrong.
-"""
-
+import importlib
 import itertools
+import math
 import os
-import pickle
-import random
-import re
+import runpy
 import shutil
 import signal
-import subprocess
+import socket
 import sys
-import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import CONTEXT, ended, started
-from running import BARE, TINY, base_of, ending, only, results, run
+from processes import ended, started
+from running import TINY, ending, only, results, run
 
 import flatlora
 import train_gpt2
 
-LONG = [*TINY, "lora", "flat", "sam", "--lora-dropout=0.1", "--grad-accum=2", "--pretrain-steps=8", "--steps=8"]
-POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has neither SIGKILL nor limits on a process")
+METHODS = ["lora", "flat", "sam"]
+# Strong settings, so that each counts: gradients are longer than 1, and noise and dropout change the loss.
+STRONG = ["--alpha=400", "--sigma=2", "--rho=0.5", "--lora-dropout=0.3", "--grad-accum=2", "--steps=5", "--seeds=2"]
+LONG = [*TINY, *METHODS, *STRONG, "--text", "one", "two", "--ood", "three"]
+ALL = 2 + 5 * 3 * 2  # steps of LONG, the first two of them pre-training
+
+BYTES = np.random.default_rng(0).integers(97, 123, (3, 600), np.uint8)
+TRAIN, VAL, TEST = (torch.tensor(part).flatten().long() for part in np.split(BYTES[:2], [360, 480], axis=1))
+OOD = torch.tensor(BYTES[2]).long()
 
 
-def outcome(out):
-    """All that a run leaves, apart from times: the numbers, the trained weights, and the names of its files."""
-    weights = {}
-    for path in out.glob("*-0-*.pt"):
-        for name, p in train_gpt2.load(path)["trained"].items():
-            weights[path.name, name] = p.numpy().tobytes()
-    return results(out)["runs"], weights, {path.name for path in out.iterdir()}
+def write_texts(folder):
+    for name, content in zip(("one", "two", "three"), BYTES):
+        Path(folder, name).write_bytes(content.tobytes())
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder that LONG leaves when nothing disturbs it."""
-    out = tmp_path_factory.mktemp("whole")
-    assert len(run(out, *LONG)) == 4 * 8
-    names = sorted(path.name.partition("-")[0] for path in out.iterdir())
-    assert names == ["base", "flat", "lora", "results", "sam"]
-    return out
+    """A folder with the texts and what LONG leaves when nothing disturbs it."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_texts(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run("out", *LONG) == ALL
+    return folder
 
 
-# ---- Stopped and killed --------------------------------------------------------------------------------------
-def start(folder):
-    """LONG, which saves after each step, in a process of its own."""
+@pytest.fixture
+def again(whole, tmp_path, monkeypatch):
+    """The files of a copy of it, which is the current folder."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return contents()
+
+
+def contents():
+    return {path.name: path.read_bytes() for path in Path("out").iterdir()}
+
+
+# ---- The slow loop -------------------------------------------------------------------------------------------
+def windows(data, starts):
+    text = torch.stack([data[i : i + 17] for i in starts])  # (B, T + 1)
+    return text[:, :-1], text[:, 1:]
+
+
+def loss_fn(model, batch):
+    x, y = batch
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+def slow_run(model, method, data, seed, steps=5, peak=0.05, micro_batches=2, ranks=(0,)):
+    """What `train` does, as plainly as it can be said."""
+    parameters = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = train_gpt2.learning_rate(step, steps, peak)
+        sigma = 2 * (1 - math.cos(math.pi * step / steps)) / 2
+        optimizer.zero_grad()
+        for rank in ranks:
+            rng = np.random.default_rng([seed, step, rank])
+            starts = rng.integers(len(data) - 16, size=(micro_batches, 2))
+            batches = [windows(data, row) for row in starts]
+            torch.manual_seed(int(rng.integers(2**63)))
+            if method == "sam":
+                flatlora.sam_step(model, loss_fn, batches, optimizer, 0.5, 1.0)
+                continue
+            noise = flatlora.perturbed(model, sigma, (seed, step, rank)) if method == "flat" else nullcontext()
+            with noise:
+                for batch in batches:
+                    loss = loss_fn(model, batch) / micro_batches / len(ranks)
+                    loss.backward()
+        if method != "sam":
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+    return model
+
+
+def base_of(folder):
+    """Loaded as the docstring of the script says, and so is `load_run`."""
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=16))
+    model.load_state_dict(load_run(folder, "base", 0))
+    return model
+
+
+def load_run(folder, method, seed):
+    return torch.load(only(folder / "out", f"{method}-{seed}-*.pt"))["model"]
+
+
+def adapted(folder, seed, alpha=400, dropout=0.3):
+    base = base_of(folder)
+    torch.manual_seed(seed)
+    return flatlora.inject_lora(base, 2, alpha, dropout, targets=train_gpt2.TARGETS)
+
+
+def assert_near(model, state):
+    torch.testing.assert_close(flatlora.lora_state_dict(model), state, rtol=1e-3, atol=1e-4)  # Adam enlarges rounding
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_that_of_the_slow_loop(method, seed, whole):
+    """Texts, initial adapters, windows, dropout, noise, clipping and each option: another one gives other weights."""
+    model = slow_run(adapted(whole, seed), method, TRAIN, seed)
+    assert_near(model, load_run(whole, method, seed))
+
+
+def test_the_base_is_trained_in_full_and_never_written_again(whole):
+    torch.manual_seed(0)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(1, 1, 16, 16))
+    text = "\n\n".join(train_gpt2.topics[key] for key in sorted(train_gpt2.topics))
+    slow_run(model, "base", torch.tensor(list(text.encode())), 0, steps=2, peak=3e-3, micro_batches=1)
+    torch.testing.assert_close(model.state_dict(), load_run(whole, "base", 0))
+
+
+def test_each_result_is_that_of_its_run(whole):
+    of_base, *others = results(whole / "out")["runs"]
+    check_losses(base_of(whole), of_base)
+    order = [(found["method"], found["seed"]) for found in others]
+    assert order == [(method, seed) for seed in (0, 1) for method in METHODS]
+    for found in others:
+        model = adapted(whole, 5).eval()
+        flatlora.load_lora_state_dict(model, load_run(whole, found["method"], found["seed"]))
+        check_losses(model, found)
+        sharp = flatlora.sharpness(model, loss_fn, evenly(TRAIN), sigma=0.1, samples=4, seed=0)
+        assert found["sharpness"] == pytest.approx(sharp, abs=1e-6)
+
+
+def check_losses(model, found):
+    for name, data in {"val": VAL, "test": TEST, "ood": OOD}.items():
+        losses = [loss_fn(model, batch).item() for batch in evenly(data)]
+        assert found[f"{name}_loss"] == pytest.approx(np.mean(losses), abs=1e-6)
+
+
+def evenly(data):
+    """At most four windows, evenly spread, in batches of two."""
+    every = range(0, len(data) - 16, 16)
+    starts = every[:: math.ceil(len(every) / 4)]
+    return [windows(data, starts[i : i + 2]) for i in range(0, len(starts) - 1, 2)]
+
+
+def test_all_models_share_the_weights_of_the_base(again, monkeypatch):
+    models = []
+    monkeypatch.setattr(train_gpt2, "train", lambda model, *_: models.append(model))
+    run("out", *LONG)
+    base, *others = ({p.data_ptr() for p in model.parameters()} for model in models)
+    assert len(others) == 6
+    for one, other in itertools.combinations(others, 2):
+        assert one & other == base
+
+
+# ---- Processes -----------------------------------------------------------------------------------------------
+def start(folder, words, environment, killed_at=None):
+    """The script, which saves after each step, and may be killed in the middle of a write."""
     os.chdir(folder)
-    sys.argv = ["train_gpt2.py", *LONG]
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
+    sys.argv = ["train_gpt2.py", *words]
     torch.set_num_threads(1)
-    train_gpt2.CHECKPOINT_SECONDS = 0
-    train_gpt2.main()
-
-
-def start_to_be_cut(folder, place, number, count):
-    """`start`, with a signal inside the write of that count, or soon after it."""
-    calls = itertools.count(1)
+    script = importlib.reload(train_gpt2)
+    script.CHECKPOINT_SECONDS = 0
     write = Path.write_bytes
-    replace = os.replace
+    calls = itertools.count(1)
 
     def half_written(path, content):
-        if next(calls) == count:
-            half = bytes(content)[: len(content) // 2]
-            write(path, half)
-            os.kill(os.getpid(), number)
+        if next(calls) == killed_at:
+            write(path, content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
         return write(path, content)
 
-    def replaced(source, target):
-        if next(calls) == count:
-            delay = random.uniform(0, 0.02)
-            threading.Timer(delay, os.kill, (os.getpid(), number)).start()
-        return replace(source, target)
-
-    if place == "inside":
-        Path.write_bytes = half_written
-    else:
-        os.replace = replaced
-    try:
-        start(folder)
-    except SystemExit as end:
-        Path(folder, "ending").write_text(str(end))
-        raise
+    Path.write_bytes = half_written
+    script.main()
 
 
-def cut(folder, *where):
-    """LONG in a process that is cut: how the process ended, and how many steps it has saved."""
-    code = ended(started(start_to_be_cut, folder, *where))
-    out = folder / "out"
-    assert not list(out.glob("results-*"))  # so it was cut
-    saved = 0
-    for path in out.glob("*-0-*.pt"):
-        saved += len(train_gpt2.load(path)["log"]["loss"])
-    return code, saved
-
-
-CUTS = [
-    ("inside", "SIGKILL", 4),
-    ("inside", "SIGKILL", 36),  # the results
-    ("after", "SIGKILL", 14),
-    ("after", "SIGINT", 19),
-    ("after", "SIGTERM", 30),
-]
-
-
-@POSIX
-@pytest.mark.parametrize("place, name, count", CUTS)
-def test_the_same_command_goes_on_bit_for_bit(place, name, count, whole, tmp_path, capsys):
-    number = signal.Signals[name]
-    code, saved = cut(tmp_path, place, number, count)
-    if name == "SIGINT":
-        assert code == 1
-        line = Path(tmp_path, "ending").read_text()
-        assert line == "\ntrain_gpt2.py: stopped; the same command goes on"
-    else:
-        assert code == -number
-    out = tmp_path / "out"
-    torn = {path.name for path in out.glob(".writing-*")}
-    assert len(torn) == 1 or place == "after"
-    assert count - 5 < saved <= 4 * 8  # up to three writes are of finished runs
-
-    capsys.readouterr()
-    assert len(run(out, *LONG)) == 4 * 8 - saved  # no step is taken twice
-    partly = saved % 8
-    said = re.findall(r"goes on from step (\d+)\n", capsys.readouterr().err)
-    assert said == ([str(partly)] if partly else [])
-    *same, names = outcome(out)
-    expected = outcome(whole)
-    assert (*same, names - torn) == expected
-
-
-INTERRUPTED_BY_TORCH = f"""
-import os, runpy, signal, sys
-class Finder:
-    def find_spec(self, name, *rest):
-        if name == "torch":
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Finder())
-runpy.run_path({train_gpt2.__file__!r}, None, "__main__")
-"""
-
-
-def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path):
-    words = [sys.executable, "-c", INTERRUPTED_BY_TORCH]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.stderr == ""
-    assert done.returncode == -signal.SIGINT
-
-
-# ---- Kept ----------------------------------------------------------------------------------------------------
-def test_more_seeds_and_methods_only_add(tmp_path, capsys):
-    run(tmp_path, *TINY, "lora", "flat")
-    before = {path: path.read_bytes() for path in tmp_path.glob("*-0-*.pt")}
-    first = results(tmp_path)["runs"]
-    steps = run(tmp_path, *TINY, "lora", "flat", "sam", "--seeds=2")
-    assert len(steps) == 3 + 3 * 3  # sam's seed 0 and all of seed 1
-    after = results(tmp_path, seeds=2)["runs"]
-    assert after[:3] == first
-    assert len(after) == 1 + 2 * 3
-    assert {path: path.read_bytes() for path in before} == before
-    assert capsys.readouterr().err.count("lora, seed 0:") >= 2  # a line for a kept run, too
-
-
-def test_a_run_goes_on_from_nothing_but_an_equal_run(tmp_path):
-    (tmp_path / "text").write_bytes(bytes(range(128)) * 8)
-    words = [*TINY, "lora"]
-    run(tmp_path, *words)
-    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    changes = ["--lr=0.1", "--sigma=0.1", "--eval-windows=3", f"--text={tmp_path / 'text'}"]
-    for change in [*changes, f"--ood={tmp_path / 'text'}"]:
-        assert len(run(tmp_path, *words, change)) == 3
-    assert len(run(tmp_path, *words, "flat")) == 3
-    for change in ("--batch-size=3", "--pretrain-steps=4"):  # with another base
-        assert len(run(tmp_path, *words, change)) in (5, 7)
-    assert {path: path.read_bytes() for path in kept} == kept  # nothing is overwritten
-    assert len(run(tmp_path, *words)) == 0
-
-
-def test_the_name_of_a_run_depends_on_the_base():
-    torch.manual_seed(0)
-    recipe = train_gpt2.Recipe()
-    data = {"train": torch.arange(100)}
-    names = set()
-    for _ in range(2):
-        base = train_gpt2.GPT(train_gpt2.GPTConfig(1, 1, 16, 16))
-        names.add(train_gpt2.mark_of(base, data, recipe))
-    assert len(names) == 2
-
-
-def start_together(folder, both):
-    both.wait()
-    start(folder)
-
-
-def test_the_same_command_twice_at_the_same_time(whole, tmp_path):
-    both = CONTEXT.Barrier(2)
-    pair = [started(start_together, tmp_path, both) for _ in range(2)]
-    assert [ended(process) for process in pair] == [0, 0]
-    assert outcome(tmp_path / "out") == outcome(whole)
-
-
-def drawn(data, step, rank):
-    """The two micro-batches of two windows, each (2, 17)."""
-    rng = np.random.default_rng([0, step, rank])
-    starts = rng.integers(len(data) - 16, size=(2, 2))
-    texts = []
-    for places in starts:
-        windows = [data[i : i + 17] for i in places]
-        texts.append(torch.stack(windows).long())
-    return texts
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+def test_a_rank_counts_only_if_there_are_several(tmp_path):
+    assert ended(started(start, tmp_path, [*TINY, "lora"], {"RANK": "1"})) == 0
+    assert len(results(tmp_path / "out")["runs"]) == 2
 
 
 def test_two_ranks_are_one_process_with_both_noises_and_batches(tmp_path):
-    words = [*TORCHRUN, train_gpt2.__file__, *TINY, "lora", "flat", "--grad-accum=2", "--lr=0.0015"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # one GPU would not do for two ranks
-    for _ in range(2):  # gloo's threads may abort a process that ends, https://github.com/pytorch/pytorch/issues/179291
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100, env=environment)
-        if "terminate called without an active exception" not in done.stderr:
-            break
-    for once in ("Means over the seeds", "Numbers: out"):  # of rank 0
-        assert done.stdout.count(once) == 1, done.stderr
-
-    out = tmp_path / "out"
-    model = base_of(out).train()
-    data = train_gpt2.load_data(BARE, model.config, None)["train"]
-    torch.manual_seed(0)
-    flatlora.inject_lora(model, 2, 32, targets=train_gpt2.TARGETS)
-    parameters = flatlora.lora_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0)
-    for step in range(3):
-        optimizer.param_groups[0]["lr"] = train_gpt2.learning_rate(step, 3, 0.0015)
-        optimizer.zero_grad()
-        sigma = flatlora.sigma_at(step, 3, 0.2)
-        for rank in (0, 1):
-            with flatlora.perturbed(model, sigma, (0, step, rank)):
-                for text in drawn(data, step, rank):
-                    logits = model(text[:, :-1]).flatten(0, 1)
-                    loss = F.cross_entropy(logits, text[:, 1:].flatten())
-                    (loss / 4).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-    saved = train_gpt2.load(only(out, "flat-0-*.pt"))["trained"]
-    torch.testing.assert_close(saved, train_gpt2.trained_state(model), rtol=1e-3, atol=2e-6)  # Adam enlarges rounding
+    write_texts(tmp_path)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    words = [*LONG, "--methods", "lora", "flat", "--seeds=1", "--alpha=4", "--lora-dropout=0"]
+    pair = [started(start, tmp_path, words, {**environment, "RANK": rank}) for rank in "01"]
+    assert [ended(process) for process in pair] == [0, 0]
+    for method in ("lora", "flat"):
+        model = slow_run(adapted(tmp_path, 0, 4, 0), method, TRAIN, 0, ranks=(0, 1))
+        assert_near(model, load_run(tmp_path, method, 0))
 
 
-# ---- Full disks and bad files --------------------------------------------------------------------------------
-@pytest.fixture
-def out(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "out")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("killed_at", [5, 20, ALL + 1])  # the last is the write of the results
+def test_killed_and_resumed_equals_uninterrupted(killed_at, whole, tmp_path, monkeypatch, capsys):
+    write_texts(tmp_path)
+    assert ended(started(start, tmp_path, LONG, {}, killed_at)) == -signal.SIGKILL
+    monkeypatch.chdir(tmp_path)
+    only("out", ".writing-*").unlink()
+    assert not list(Path("out").glob("results-*"))
+    assert run("out", *LONG) == ALL - (killed_at - 1)  # no step is taken twice
+    said = capsys.readouterr().err
+    assert "is reused: 2 of 2 steps" in said
+    partly = (killed_at - 3) % 5
+    assert (f"is reused: {partly} of 5 steps" in said) == (partly > 0)
+
+    expected = whole / "out"
+    assert results("out") == results(expected)
+    assert contents().keys() == {path.name for path in expected.iterdir()}
+    for path in expected.glob("*.pt"):
+        torch.testing.assert_close(torch.load(Path("out", path.name)), torch.load(path), rtol=0, atol=0)
 
 
-@POSIX
-def test_a_full_disk_loses_no_earlier_result(out):
+# ---- What is trained again -----------------------------------------------------------------------------------
+STEPS = {"--seeds=3": 3 * 5, "--methods sam": 0, "--eval-windows=3": 0, "--ood one": 0, "--sigma=1": 2 * 5}
+STEPS |= {"--rho=1": 2 * 5, "--steps=4": 6 * 4, "--pretrain-steps=3": 3 + 6 * 5}
+STEPS |= dict.fromkeys(["--lr=1", "--r=3", "--alpha=1", "--lora-dropout=0", "--grad-accum=1"], 6 * 5)
+STEPS |= dict.fromkeys(["--batch-size=3", "--dtype=bfloat16"], ALL)
+
+
+@pytest.mark.parametrize("words", STEPS)
+def test_what_shapes_a_run_trains_it_again(words, again):
+    assert run("out", *LONG, *words.split()) == STEPS[words]
+    after = contents()
+    assert again.items() <= after.items()  # nothing is overwritten
+    assert any(name.startswith("results-") for name in after.keys() - again.keys())
+
+
+def test_one_character_anywhere_is_another_text(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    text = bytearray(b"some text " * 40_000)
+    steps = []
+    for place in (0, 10_001, 250_003, 399_999):  # of train twice, val and test
+        text[place] ^= 1
+        Path("text").write_bytes(text)
+        steps.append(run("out", *TINY, "lora", "--text", "text"))
+    assert steps == [2 + 3, 3, 3, 3]
+
+
+def test_changed_code_trains_again(monkeypatch, tmp_path):
+    """Runs of copies of both files, of which first neither is edited, then one, then the other."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *TINY, "lora"])
+    for module in (train_gpt2, flatlora):
+        shutil.copy(module.__file__, tmp_path)
+    runs = []
+    for edited in ("", "train_gpt2.py", "flatlora.py"):
+        if edited:
+            Path(edited).write_text(Path(edited).read_text("utf-8") + "\n# edited\n", "utf-8")
+        monkeypatch.delitem(sys.modules, "flatlora")
+        runpy.run_path("train_gpt2.py", run_name="__main__")
+        runs.append(len(list(Path("out").glob("lora-0-*.pt"))))
+    assert runs == [1, 2, 3]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limits on a process")
+@pytest.mark.parametrize("change", ["--sigma=1", "--eval-windows=3"])  # a run is written first, and results
+def test_a_full_disk_loses_no_earlier_result(change, again):
     import resource
 
-    before = {p: p.read_bytes() for p in out.iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # a longer file fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a longer file fails as on a full disk
     try:
-        assert ending(out, *LONG, "--sigma=0.1").endswith("File too large")
+        assert ending("out", *LONG, change).endswith("File too large")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {p: p.read_bytes() for p in out.iterdir()} == before
-
-
-def damaged(content):
-    """Cut anywhere, random bytes, and a pickle of something else."""
-    rng = random.Random(0)
-    for n in range(10):
-        yield content[: rng.randrange(len(content))]
-        yield rng.randbytes(n * n)
-    for other in (None, {}, {"base": 1}, [1, 2]):
-        yield pickle.dumps(other)
-
-
-def check_named(victim, out):
-    """The run ends in a line that names the file `victim`."""
-    line = ending(out, *LONG)
-    assert f"{victim.name} cannot be used: " in line
-    assert "weights_only" not in line  # torch's advice to load it unsafely
-
-
-@pytest.mark.parametrize("name", ["flat-*.pt", "base-*.pt"])
-def test_a_damaged_file_is_named(name, out):
-    victim = only(out, name)
-    for case in damaged(victim.read_bytes()):
-        victim.write_bytes(case)
-        check_named(victim, out)
-
-
-@pytest.mark.parametrize("name", ["flat-*.pt", "base-*.pt"])
-def test_a_file_with_wrong_content_is_named(name, out):
-    victim = only(out, name)
-    content = train_gpt2.load(victim)
-    for wrong in ({}, None, {"x": torch.ones(1)}):
-        torch.save(content | {"trained": wrong}, victim)
-        check_named(victim, out)
-    torch.save(content | {"log": {}}, victim)
-    check_named(victim, out)
-
-
-class Hostile:
-    """A pickle that would make a folder when it is read."""
-
-    def __reduce__(self):
-        return os.mkdir, ("it ran",)
-
-
-@pytest.mark.parametrize("name", ["flat-*.pt", "base-*.pt"])
-def test_a_file_that_would_run_code_does_not(name, out, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    victim = only(out, name)
-    torch.save({"base": Hostile()}, victim)
-    line = ending(out, *LONG)
-    assert f"{victim.name} cannot be used: " in line
-    assert "it is damaged, or holds more than tensors" in line
-    assert not Path("it ran").exists()
-    torch.load(victim, weights_only=False)
-    assert Path("it ran").exists()  # so the file was what it is meant to be
+    assert contents() == again
