@@ -287,7 +287,8 @@ def train(model: GPT, method: str, data: Tensor, args: Namespace, seed: int, fil
     The file is written twice a minute, and a stopped run resumes from it. All random numbers of a step follow from
     (seed, step, rank). So a resumed run equals one that was never stopped, and all methods see the same batches.
     """
-    optimizer = AdamW(flatlora.lora_parameters(model), args.lr, (0.9, 0.95), weight_decay=0.0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = AdamW(parameters, args.lr, (0.9, 0.95), weight_decay=0.0)
     losses: list[float] = []
     if file.exists():
         saved = torch.load(file, map_location="cpu")
@@ -322,7 +323,8 @@ def train(model: GPT, method: str, data: Tensor, args: Namespace, seed: int, fil
         else:  # LoRA, and the pre-training
             optimizer.zero_grad()
             loss = flatlora.add_gradient(net, loss_of, batches)
-            flatlora.update(net, optimizer, max_grad_norm=1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+            optimizer.step()
         losses.append(loss)
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
