@@ -91,7 +91,9 @@ def test_a_lone_layer_is_a_model():
     assert list(lora_state_dict(layer)) == ["lora_A", "lora_B", "scaling"]
     flatlora.load_lora_state_dict(other, lora_state_dict(layer))
     assert other.scaling == 2
-    assert type(flatlora.merge_lora(other)) is nn.Linear
+    merged = flatlora.merge_lora(other)
+    assert type(merged) is nn.Linear
+    assert vars(merged).keys() == vars(nn.Linear(12, 16)).keys()
 
 
 def test_a_checkpoint_of_the_model_without_adapters_loads():

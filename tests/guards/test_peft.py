@@ -206,6 +206,7 @@ def test_float32_states_before_4_bit_layers_that_compute_in_bfloat16():
     with perturbed(model, 0.3, SEED):
         given = gradients(loss_fn(model, TOKENS), model)
         for layer in flatlora.lora_layers(model).values():
+            assert layer.noise.scale.dtype == torch.bfloat16
             assert layer.layer(torch.ones(3, 64)).dtype == torch.float32
     assert_close_in_norm(given, gradients(dense_loss(model, TOKENS), model), 0.1)
 
