@@ -141,9 +141,10 @@ def check_rows(rows, runs):
 def test_what_is_printed_is_in_the_json(tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("a few words " * 50)  # 600 bytes
-    run(tmp_path, *TINY, "lora", "flat", "--seeds=2", "--text", text)
+    run(tmp_path, *TINY, "lora", "flat", "lora", "--seeds=2", "--text", text)
     printed = capsys.readouterr().out
     found = results(tmp_path)
+    assert len(found["runs"]) == 1 + 2 * 2  # each method once
     report = train_gpt2.report(found["runs"], 120)
     assert printed.startswith(report)
     assert found["report"] == report
