@@ -8,7 +8,7 @@ import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
-from libraries import library
+from libraries import library, needs_torch_27
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -99,6 +99,7 @@ def output_and_gradients(net, model, x):
     return [out, *torch.autograd.grad(out.square().sum(), lora_parameters(model))]
 
 
+@needs_torch_27
 def test_twelve_compiled_steps_with_and_without_noise_are_two_graphs_that_keep_no_noisy_weight():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 96), nn.GELU(), nn.Linear(96, 24), nn.LayerNorm(24), nn.Linear(24, 96))

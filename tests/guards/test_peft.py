@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import reference as ref
 import torch
-from libraries import library
+from libraries import library, needs_torch_27
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
@@ -275,6 +275,7 @@ SMALL = {
 }
 
 
+@needs_torch_27
 @pytest.mark.parametrize("kind", KINDS)
 def test_twelve_compiled_steps_with_and_without_noise_are_two_graphs(kind):
     layers = [copy.deepcopy(SMALL[kind]) for _ in range(2)]

@@ -6,13 +6,15 @@ from importlib.util import find_spec
 import pytest
 import reference as ref
 import torch
-from libraries import library
+from libraries import library, needs_torch_27
 from processes import ended, started
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from flatlora import flat_lora_step, full, lora_parameters, lora_state_dict, perturbed, sam_step
+
+pytestmark = needs_torch_27
 
 
 def from_peft():
