@@ -9,15 +9,16 @@ Without --init a small GPT-2, whose tokens are bytes, is pre-trained on the text
 of Python's help(). Each method fine-tunes it on source code of the package
 email. With the same seed, all start from the same adapters and see the same
 batches. To resume a stopped run, repeat its command. A finished run is reused
-while the code, the text and the options of its training are the same.
+while the code, the text and the options of its training stay the same.
 
 The .pt files in --out hold "model", "optimizer" and the "losses" of all steps.
-To load an adapter, whose "model" comes from flatlora.lora_state_dict:
+The "model" of an adapter comes from flatlora.lora_state_dict. To load it, with
+the --r of its run (by default 8 with --init, else 16):
 
     model = GPT.from_pretrained("gpt2")
     flatlora.inject_lora(model, r=8, targets=TARGETS)
-    state = torch.load("out/flat-0-....pt")["model"]
-    flatlora.load_lora_state_dict(model, state)
+    saved = torch.load("out/flat-0-....pt", map_location="cpu")
+    flatlora.load_lora_state_dict(model, saved["model"])
 
 Without --init, make the model by
     GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64))
@@ -36,6 +37,7 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -178,7 +180,7 @@ class GPT(nn.Module):
             if key.endswith(tuple(f"{target}.weight" for target in TARGETS)):
                 state[key] = weight.t().contiguous()  # Hugging Face's Conv1D holds it transposed
         config = GPTConfig(c.n_layer, c.n_head, c.n_embd, c.n_positions, c.vocab_size)
-        with torch.device("meta"):  # without numbers, which would be replaced at once
+        with torch.device("meta"):  # takes no memory; the weights are assigned below
             model = cls(config)
         model.load_state_dict(state, assign=True)
         model.lm_head.weight = model.transformer["wte"].weight
@@ -213,7 +215,7 @@ def decode(tokenizer: Any, tokens: list[int]) -> str:
 
 
 def package_sources(name: str, size: int = 1000) -> list[bytes]:
-    """Of each file of a standard-library package `size` bytes, after 2,000 of licence and imports."""
+    """`size` bytes of each file of a standard-library package, skipping the first 2,000 (licence and imports)."""
     folder = Path(importlib.import_module(name).__path__[0])
     return [path.read_bytes()[2000 : 2000 + size] for path in sorted(folder.glob("*.py"))]
 
@@ -229,7 +231,7 @@ def read_files(paths: list[Path]) -> list[bytes]:
 
 
 def split(files: list[bytes]) -> dict[str, bytes]:
-    """Of each file three fifths to train, one for validation and one for the test."""
+    """Three fifths of each file to train on, one for validation and one for the test."""
     parts = {"train": b"", "val": b"", "test": b""}
     for content in files:
         a = 3 * len(content) // 5
@@ -314,16 +316,18 @@ def train(model: GPT, method: str, data: Tensor, args: Namespace, seed: int, fil
         torch.manual_seed(int(rng.integers(2**63)))  # for dropout
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
 
-        if method == "flat":  # the gradient at W' + eps
-            sigma = flatlora.sigma_at(step, args.steps, args.sigma)
-            noise_seed = (seed, step, RANK)
-            loss = flatlora.flat_lora_step(net, loss_of, batches, optimizer, sigma, noise_seed, max_grad_norm=1.0)
-        elif method == "sam":  # the gradient at the worst A and B nearby
+        if method == "sam":  # two passes: the gradient at the worst A and B nearby
             loss = flatlora.sam_step(net, loss_of, batches, optimizer, args.rho, max_grad_norm=1.0)
-        else:  # LoRA, and the pre-training
+        else:  # LoRA and Flat-LoRA differ by the noise alone
+            noise = nullcontext()
+            if method == "flat":
+                sigma = flatlora.sigma_at(step, args.steps, args.sigma)
+                noise = flatlora.perturbed(net, sigma, seed=(seed, step, RANK))
             optimizer.zero_grad()
-            loss = flatlora.add_gradient(net, loss_of, batches)
-            nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+            with noise:
+                loss = flatlora.add_gradient(net, loss_of, batches)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            flatlora.finite("norm of the gradient", norm)
             optimizer.step()
         losses.append(loss)
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
@@ -338,7 +342,7 @@ def train(model: GPT, method: str, data: Tensor, args: Namespace, seed: int, fil
 
 
 def write(path: Path, content: bytes) -> None:
-    """By the first process. A kill or a full disk leaves the earlier file or the new one."""
+    """Only the first process writes. A kill or a full disk leaves either the earlier file or the new one."""
     if RANK > 0:
         return
     new = path.with_name(f".writing-{os.getpid()}")
@@ -357,7 +361,7 @@ def say(line: str) -> None:
 
 # ---- Losses, sharpness and their table -----------------------------------------------------------------------
 def eval_batches(data: Tensor, limit: int, args: Namespace) -> list[Batch]:
-    """At most `limit` windows, evenly spread and without overlap, in equal batches."""
+    """At most `limit` windows, evenly spread and without overlap. Those that fill no batch are dropped."""
     starts = np.arange(0, len(data) - args.block_size, args.block_size)  # (N,)
     starts = starts[:: math.ceil(len(starts) / limit)]
     size = min(args.batch_size, len(starts))
@@ -367,7 +371,7 @@ def eval_batches(data: Tensor, limit: int, args: Namespace) -> list[Batch]:
 
 @torch.no_grad()
 def evaluate(model: GPT, data: Data, args: Namespace) -> dict[str, float]:
-    """The losses and, of a model with adapters, how much noise of sigma 0.1 raises the training loss."""
+    """The losses and, for a model with adapters, the rise of the training loss under noise of sigma 0.1."""
     bar = progress_bar(desc="evaluation", unit=" batches")
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -428,7 +432,7 @@ OPTIONS = {  # default, default with --init, meaning
     "rho": (0.2, 0.05, "sam: radius"),
     "eval_windows": (200, 32, "windows of each text in an evaluation"),
     "n_layer": (4, 4, "blocks of the small GPT-2"),
-    "n_embd": (128, 128, "its width; heads are of 32, if that divides it"),
+    "n_embd": (128, 128, "its width; the head size is 32, if that divides it"),
     "pretrain_steps": (1100, 1100, "its optimizer steps"),
 }
 
@@ -441,7 +445,7 @@ def parse_args() -> Namespace:
     add("--text", type=Path, nargs="+", metavar="FILE", help="fine-tune on these (sources of the package email)")
     add("--ood", type=Path, nargs="+", metavar="FILE", help="another text to test on (sources of asyncio)")
     add("--init", metavar="MODEL", help="gpt2 to gpt2-xl or a folder, instead of the small GPT-2")
-    add("--prompt", default="def ", help="what the two texts at the end continue (%(default)r)")
+    add("--prompt", default="def ", help="prompt of the two sample texts at the end (%(default)r)")
     add("--out", type=Path, default=Path("out"), help="folder for runs and results (%(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast (%(default)s)")
     for name, (small, large, meaning) in OPTIONS.items():
@@ -449,8 +453,8 @@ def parse_args() -> Namespace:
         add(f"--{name.replace('_', '-')}", type=type(small), metavar="N", help=f"{meaning} ({shown})")
 
     args = parser.parse_args()
-    chosen = args.methods or METHODS[: 2 if args.init else 3]
-    args.methods = list(dict.fromkeys(chosen))  # each once
+    default = ["lora", "flat"] if args.init else METHODS  # with a large model, SAM takes long
+    args.methods = list(dict.fromkeys(args.methods or default))  # each once
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     for name, (small, large, _) in OPTIONS.items():
         value = getattr(args, name)
@@ -466,7 +470,7 @@ def parse_args() -> Namespace:
 
 
 def digest(*parts: Any) -> str:
-    """Changes with every character of the code, with every number of a tensor, and with the text of other parts."""
+    """A hash of the code and of the parts: tensors by all of their numbers, other things by their text."""
     total = hashlib.sha256(f"{CODE} {torch.__version__} {WORLD}".encode())
     for part in parts:
         if isinstance(part, Tensor):
@@ -525,7 +529,8 @@ def compare(args: Namespace) -> None:
     for seed in range(args.seeds):
         for method in args.methods:
             torch.manual_seed(seed)  # the same initial adapters for every method
-            model = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # all models share the base's weights
+            # The second argument keeps the weights from being copied, so that all models share those of the base.
+            model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
             flatlora.inject_lora(model, args.r, args.alpha, args.lora_dropout, targets=TARGETS)
             file = run_file(args, method, seed, start)
             train(model, method, data["train"], args, seed, file)
@@ -537,7 +542,8 @@ def compare(args: Namespace) -> None:
     if RANK > 0:
         return
 
-    text = report(runs, len(data["test"]))
+    tested = min(len(data["test"]), args.eval_windows * args.block_size)
+    text = report(runs, tested)
     content = {"torch": torch.__version__, "options": vars(args), "runs": runs, "report": text}
     mark = digest(files, args.eval_windows, data["ood"])
     results = args.out / f"results-{'-'.join(args.methods)}-{args.seeds}-{mark}.json"

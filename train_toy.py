@@ -2,17 +2,17 @@
 
     python train_toy.py
 
-trains by each method on twenty target tasks, prints a table and writes
-out/toy.json. For the picture of the idea, train so long that LoRA overfits:
+trains with each method on twenty target tasks, prints a table and writes
+out/toy.json. For the picture of the idea, train until LoRA overfits:
 
     python train_toy.py --seeds 2 --steps 1500 --lr 3e-3 --plot idea
 
 A random network, the teacher, labels the source task, on which a student is
 trained once. Each target task moves the teacher by matrices of low rank, so
 that LoRA can follow. It has 300 training samples, a tenth of them labelled at
-random. The "shifted" test has the same labels on inputs that are moved and
-wider. On one task all methods start from the same adapters and see the same
-batches, so that their differences are paired.
+random. The "shifted" test has inputs that are shifted and more widely spread,
+with labels by the same teacher. On each task all methods start from the same
+adapters and see the same batches, so their differences are paired.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def source_task(steps: int = 1500) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def target_task(teacher: nn.Sequential, seed: int) -> dict[str, Data]:
-    """The splits of a task whose teacher moved: each weight by a random matrix of rank 2 and relative norm 0.3."""
+    """The splits of a task. Its teacher differs, in each weight, by a random matrix of rank 2 and relative norm 0.3."""
     torch.manual_seed(TARGET + seed)
     moved = copy.deepcopy(teacher)
     for layer in moved[::2]:
@@ -133,7 +133,7 @@ def finetune(student: nn.Sequential, train: Data, method: str, seed: int, args: 
     for step, pick in enumerate(picks):
         batches = [(x[pick], y[pick])]
         if method == "lora":
-            flatlora.flat_lora_step(model, loss_fn, batches, optimizer, sigma=0.0, seed=0)
+            flatlora.flat_lora_step(model, loss_fn, batches, optimizer, sigma=0.0, seed=0)  # no noise: plain LoRA
         elif method == "flat":
             sigma = flatlora.sigma_at(step, args.steps, args.sigma)
             flatlora.flat_lora_step(model, loss_fn, batches, optimizer, sigma, seed=(seed, step))
@@ -171,7 +171,10 @@ def sam_on_merged_step(
 
 @torch.enable_grad()
 def merged_gradients(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> tuple[float, list[Tensor]]:
-    """The mean loss, and its gradient by W' of each layer, which is that by W. Adds to `.grad` of A and B, too."""
+    """The mean loss and its gradient with respect to each W'. Adds to `.grad` of A and B, too.
+
+    Since W' = W + s B A, the gradient with respect to W is the same.
+    """
     weights = [layer.frozen_weight for layer in lora_layers(model).values()]
     try:
         for weight in weights:
@@ -191,7 +194,7 @@ def shifted(model: nn.Module, shifts: Sequence[Tensor]) -> Iterator[None]:
     layers = lora_layers(model).values()
     try:
         for layer, shift in zip(layers, shifts):
-            layer.noise = Noise(torch.ones_like(shift[:, :1]), shift)
+            layer.noise = Noise(torch.ones_like(shift[:, :1]), shift)  # scale 1, so eps is the shift
         yield
     finally:
         for layer in layers:
@@ -224,7 +227,7 @@ def measure(model: nn.Module, splits: dict[str, Data], seed: int) -> Run:
 def noise_on_factors(model: nn.Module, train: Data, seed: int) -> tuple[float, float]:
     """The mean rise of the loss under noise on A and B, by the law of eq. 7 on their rows, and the mean |dW'| / |W'|.
 
-    The second is also the sigma of noise on W' that moves W' as far.
+    The second is also the sigma of noise on W' that moves W' equally far.
     """
     factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
     W = merged(model)
@@ -335,6 +338,7 @@ def plane(lora: nn.Sequential, flat: nn.Sequential, train: Data, sigma: float) -
                     loss[row, column] = loss_fn(lora, train)
 
     W = merged(flat)
+    # The two are orthogonal, since the second is orthogonal to all changes within reach of A and B.
     basis = torch.stack([W - merged(lora), torch.cat([part.flatten() for part in up])])  # (2, weights)
     dots = torch.empty(DOTS, 2)
     for dot in range(DOTS):
