@@ -2,9 +2,9 @@
 
 Li et al., ICML 2025, https://arxiv.org/abs/2409.14396; equation numbers are those of its second version.
 
-    model = inject_lora(model, r=8, alpha=16, targets=["q_proj", "v_proj"])  # or get_peft_model, of PEFT
+    model = inject_lora(model, r=8, alpha=16, targets=["q_proj", "v_proj"])  # or PEFT's get_peft_model
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)
-    for step, batch in enumerate(batches):  # the batches of all epochs, total_steps in number
+    for step, batch in enumerate(batches):  # total_steps batches, counted over all epochs
         optimizer.zero_grad()
         with perturbed(model, sigma_at(step, total_steps, sigma=0.05), seed=step):
             loss_fn(model, batch).backward()
@@ -15,34 +15,34 @@ LoRA.    A linear layer has a weight W with m rows (outputs) and n columns (inpu
          matrices, B (m, r) and A (r, n). The layer computes with the merged weight W' = W + s B A, where s = alpha / r.
 
 Flat.    A minimum is flat if the loss stays low when the weights move a little. Such minima often generalise better.
-         What is used in the end is W', so the loss should be flat around W', in all of its m n directions. Noise on
-         A and B would miss most of them. While B is near zero, noise on A has almost no effect on W', and noise on B
-         moves the rows of W' only within the span of A's r rows.
+         Inference uses W', so the loss should be flat around W', in all of its m n directions. Noise on A and B would
+         miss most of them. While B is near zero, noise on A has almost no effect on W', and noise on B moves the rows
+         of W' only within the span of A's r rows.
 
 Noise.   So Flat-LoRA minimises the expected loss under noise on W',
 
              min over A, B of  E[ L(W' + eps) ]                       (eq. 6)
              eps_ij ~ N(0, sigma^2 |W'_i|^2 / n)                      (eq. 7)
 
-         by a one-sample estimate: each step draws one eps, holds it constant, and updates A and B by the gradient at
-         W' + eps. That takes one forward and one backward pass; sharpness-aware minimisation (`sam_step`) takes two.
+         with a one-sample estimate: each step draws one eps, holds it constant, and updates A and B with the gradient
+         at W' + eps. That takes one forward and one backward pass; sharpness-aware minimisation (`sam_step`) takes two.
 
-Filter.  A filter is a row of W': the weights W'_i of one output. Its noise is scaled by its own length |W'_i|, so that
-         strong and weak rows are perturbed in proportion. Using |W_i| would ignore what training has added to the row.
+Filter.  A filter is a row of W': the weights W'_i of one output. Its noise is scaled by its norm |W'_i|, so that strong
+         and weak rows are perturbed in proportion. Using |W_i| would ignore what training has added to the row.
 
-Sigma.   Because of the 1 / n, E|eps_i|^2 = sigma^2 |W'_i|^2: each row moves by about a fraction sigma of its length,
-         however many inputs it has. So the outputs do not depend on n either: for independent inputs of equal variance,
-         the noise multiplies the variance of every output by 1 + sigma^2 and, if the inputs have the mean mu, adds
-         sigma^2 |W'_i|^2 mu^2 (proposition 3.2). The paper's best values of sigma are 0.05 to 0.15.
+Sigma.   Because of the 1 / n, E|eps_i|^2 = sigma^2 |W'_i|^2: each row moves by about a fraction sigma of its norm,
+         however many inputs it has. So the effect on the outputs does not depend on n either: for independent inputs of
+         equal variance, the noise multiplies the variance of every output by 1 + sigma^2 and, if the inputs have the
+         mean mu, adds sigma^2 |W'_i|^2 mu^2 (proposition 3.2). The paper's best values of sigma are 0.05 to 0.15.
 
-Frozen.  W is never written. Since (W' + eps) x = (W + eps) x + s B A x, the layer computes W + eps in new memory,
-         multiplies by it and frees it; the backward computes it again. In between, a layer keeps one number per row and
-         a start position in a shared table of normal numbers (32 MB in float32, 16 MB in half precision). An exception
-         or Ctrl-C leaves no noise behind.
+Frozen.  W is never modified. Since (W' + eps) x = (W + eps) x + s B A x, the layer computes W + eps in new memory,
+         multiplies by it and frees it; the backward pass recomputes it. In between, a layer keeps one number per row
+         and a start position in a shared table of normal numbers (32 MB in float32, 16 MB in half precision). An
+         exception or Ctrl-C leaves no noise behind.
 
-The method ends at "To compare with". Below it come SAM, the functions that put adapters into a model, save and merge
-them, the support for PEFT's layers, and the departures from the paper and from the authors' code. For an ordinary model
-`full` and `dense` return the weight that they are given; they serve weights that are sharded or held in 4 bits.
+The method ends at the section "For comparison". After it come SAM, the functions that add, save and merge adapters, the
+support for PEFT's layers, and the differences from the paper and from the authors' code. `full` and `dense` matter only
+for weights that are sharded or stored in 4 bits; otherwise they return what they are given.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class LoRALinear(nn.Linear):
     noise: Noise | None  # inside `perturbed`: what is added to W
 
     def forward(self, x: Tensor) -> Tensor:
-        # The adapter comes first: `_NoisyLinear` casts x without gradient tracking, and older autocast would reuse it.
+        # Run the adapter first: `_NoisyLinear` casts x without tracking gradients, and older autocast reuses that cast.
         down = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
         up = F.linear(down * self.scaling, self.lora_B)  # (..., m)
         out = noisy_linear(x, self.frozen_weight, self.bias, self.noise)  # (..., m)
@@ -149,13 +149,14 @@ def sigma_at(step: int, total_steps: int, sigma: float) -> float:
 
 @contextmanager
 def perturbed(model: nn.Module, sigma: float, seed: Any) -> Iterator[None]:
-    """Inside, every LoRA layer of the model computes with W' + eps. eps is drawn by eq. 7 from the W' on entry.
+    """Inside, every LoRA layer of the model computes with W' + eps. eps is drawn by eq. 7, with W' as it is on entry.
 
-    `seed` is a number or a tuple such as (run, step). It fixes, with the layer's name, the normals behind eps. So give
-    each step a new seed; all micro-batches of the step see the same eps, and no global random generator is used. In
-    distributed training, (run, step, rank) gives each process its own eps: more samples of the expectation.
+    `seed` is a number or a tuple such as (run, step). Together with the layer's name it determines the random numbers
+    behind eps. So give each step a new seed; all micro-batches of the step see the same eps, and no global random
+    generator is used. In distributed training, (run, step, rank) gives each process its own eps, so that each step
+    averages over more samples of the noise.
 
-    Activation checkpointing repeats the forward pass during the backward. With it, call backward inside.
+    Activation checkpointing repeats the forward pass during the backward. With it, call backward inside the context.
 
     ValueError: sigma is negative or not finite, the seed is None or nan, or the model has no LoRA layer. RuntimeError:
     the model is perturbed already.
@@ -191,15 +192,15 @@ class Noise(NamedTuple):
 
 
 def draw_noise(merged: Tensor, sigma: float, seed: Any, name: str = "") -> Noise:
-    """eps for the layer `name`, whose W' is `merged` (m, n). It stands for
+    """eps for the layer `name`, whose W' is `merged` (m, n). It is a fast substitute for
 
         row_std(merged, sigma) * torch.randn(m, n)
 
-    Drawing that many normals would take longer than all else that the layer does, so they are read from a table of
+    Drawing that many normals would take longer than everything else in the layer, so they are read from a table of
     TABLE_SIZE normals that is drawn once. Row i is the window of n numbers that begins at start + i * spacing, times a
-    random sign. The table is used as a circle: its end is followed by its beginning.
+    random sign. The table wraps around: its last number is followed by its first.
 
-    The seed and the name fix `start` and the signs. All rows together are one strided view, so nothing is copied.
+    The seed and the name determine `start` and the signs. All rows are one strided view, so nothing is copied.
 
     Over random seeds, each eps_ij has the distribution of eq. 7, and any two are uncorrelated. They are not all
     independent, since all layers and steps share the table. In a layer of more than 4 million weights, as in most
@@ -319,7 +320,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: fl
     parameters = lora_parameters(model)
     held = {p for group in optimizer.param_groups for p in group["params"]}
     if not held.issuperset(parameters):
-        raise ValueError("the optimizer lacks some trainable parameters: give it lora_parameters(model), after LoRA")
+        raise ValueError("the optimizer lacks some trainable parameters: add LoRA, then give it lora_parameters(model)")
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     finite("norm of the gradient", full(norm))
     optimizer.step()
@@ -331,7 +332,7 @@ def finite(name: str, value: Tensor) -> float:
     return value.item()
 
 
-# ---- To compare with: SAM, and how flat a minimum is ---------------------------------------------------------
+# ---- For comparison: SAM, and a measure of sharpness ---------------------------------------------------------
 
 
 def sam_step(
@@ -342,7 +343,7 @@ def sam_step(
     rho: float,
     max_grad_norm: float = math.inf,
 ) -> float:
-    """One step of sharpness-aware minimisation (Foret et al. 2021) of all that trains. Returns the first pass's loss.
+    """One step of SAM (Foret et al. 2021) on all trainable parameters. Returns the first pass's loss.
 
     The first pass gives the gradient g. The second gives the gradient at (A, B) + rho g / |g|, the worst point nearby.
     A and B are then restored and updated with that gradient. So W' moves only as A and B can move it (eq. 3).
@@ -412,9 +413,9 @@ def inject_lora(
 ) -> nn.Module:
     """Freeze the model and add LoRA to the layers named by `targets`. Returns the model.
 
-    `targets` is a list of names, where "q_proj" stands for every layer called so, or one regular expression for full
-    names. The expression skips layers that cannot get an adapter; for a name in the list they are an error. To train a
-    part in full, such as a new head, unfreeze it afterwards: `model.head.requires_grad_()`.
+    `targets` is a list of names, where "q_proj" means every layer of that name, or one regular expression that must
+    match the full name. The expression skips layers that cannot get an adapter; in a list, such a layer is an error. To
+    train a part in full, such as a new head, unfreeze it afterwards: `model.head.requires_grad_()`.
 
     ValueError, before anything is changed: no layer has the name, or a layer of that name cannot get an adapter.
     """
@@ -429,7 +430,7 @@ def inject_lora(
         fitting = {name for name, reason in named.items() if not reason}
         if not fitting or (is_list and len(fitting) < len(named)):
             reasons = [f"{name} {reason}" for name, reason in named.items() if reason]
-            raise ValueError(f"targets: {target!r} fits {reasons[:3] or 'the name of no layer'}")
+            raise ValueError(f"targets: {target!r} cannot be used: {reasons[:3] or 'no layer has this name'}")
         chosen |= fitting
 
     if not any(isinstance(module, LoRALinear) for module in modules.values()):
@@ -447,22 +448,22 @@ def obstacle(module: nn.Module, holders: Mapping[Tensor, int]) -> str:
     if type(module).forward is not nn.Linear.forward:
         return f"is of type {type(module).__name__}, not nn.Linear"
     if "forward" in vars(module) or type(module.weight) is not nn.Parameter:
-        return "has a forward of its own, as under accelerate's hooks, or a weight that is not a plain parameter"
+        return "has its own forward, as under accelerate's hooks, or a weight that is not a plain parameter"
     if holders[module.weight] > 1:
         return "shares its weight with another layer"
     return ""
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What trains: the adapters, and whatever was unfrozen beside them. For the optimizer.
+    """The trainable parameters, for the optimizer: the adapters, and whatever else was unfrozen.
 
-    ValueError: the model has no LoRA layer, or some of what trains is in half precision, which loses small updates.
+    ValueError: the model has no LoRA layer, or a trainable parameter is in half precision, which loses small updates.
     """
     lora_layers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         if p.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(f"what trains must be float32, got a parameter {tuple(p.shape)} in {p.dtype}")
+            raise ValueError(f"trainable parameters must be float32, got {tuple(p.shape)} in {p.dtype}")
     return parameters
 
 
@@ -477,7 +478,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what trains, by name, with each layer's scaling. For a model from PEFT, use its `save_pretrained`.
+    """A copy of all trainable parameters, by name, with each layer's scaling. For PEFT, use its `save_pretrained`.
 
     `{"h.0.q_proj.lora_A": (r, n), "h.0.q_proj.lora_B": (m, r), ..., "h.0.q_proj.scaling": (), ...}`
 
@@ -493,14 +494,14 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what `lora_state_dict` gave. ValueError, before anything is changed: it does not fit the model.
+    """Load a state from `lora_state_dict`. ValueError, before anything is changed: it does not fit the model.
 
-    A state of version 0.2 has alpha in place of scaling: scaling is alpha / r.
+    A state saved by version 0.2 holds alpha instead of scaling and is rejected. To convert it: scaling = alpha / r.
     """
     own = lora_state_dict(model)
     for name in own | dict(state):
         if name not in own or name not in state or own[name].shape != state[name].shape:
-            raise ValueError(f"{name} is missing, not in the model or of another shape")
+            raise ValueError(f"{name} is missing from the state, not in the model or of a different shape")
     for name, tensor in trained_state(model).items():
         tensor.copy_(state[name])
     for name, layer in own_layers(model).items():
@@ -531,18 +532,18 @@ WRAPPERS = r"(?:^|\.)(?:_orig_mod|module|_checkpoint_wrapped_module|base_model\.
 
 
 def by_bare_name(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Things by their names without wrappers: wrapping must change neither the noise, which depends on the name of the
-    layer, nor a saved state. ValueError: two things get the same name."""
+    """Index by name, without the parts that wrappers insert: wrapping must change neither a saved state nor the noise,
+    which depends on the layer's name. ValueError: two things get the same name."""
     result: dict[str, Any] = {}
     for name, thing in named:
         bare = re.sub(WRAPPERS, "", name).lstrip(".")
         if result.setdefault(bare, thing) is not thing:
-            raise ValueError(f"two parts of the model are called {bare!r}, apart from the names of wrappers")
+            raise ValueError(f"two parts of the model are called {bare!r} without the names of wrappers")
     return result
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear | PeftLayer]:
-    """The LoRA layers by name, of `inject_lora` and of PEFT. ValueError: there are none."""
+    """The LoRA layers by name, from `inject_lora` or PEFT. ValueError: there are none."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -578,12 +579,12 @@ class PeftLayer:
         self.kind = frozen_class(self.base)
         plain = self.kind.forward is nn.Linear.forward or self.kind.__name__ in ("Conv1D", "Linear4bit")
         if not plain or "forward" in vars(self.base):
-            raise ValueError(f"{name}: no noise for LoRA on a {self.kind.__name__}, or under accelerate's hooks")
+            raise ValueError(f"{name}: there is no noise for LoRA on {self.kind.__name__}, or with accelerate's hooks")
         if layer.lora_variant or layer.merged or layer.disable_adapters:
-            raise ValueError(f"{name}: no noise for DoRA and other variants, merged or disabled adapters")
+            raise ValueError(f"{name}: there is no noise for DoRA and other variants, merged or disabled adapters")
         quant_state = getattr(self.base.weight, "quant_state", None)
         if getattr(quant_state, "packing_format_for_cpu", False):
-            raise ValueError(f"{name}: in an evaluation, bitsandbytes has repacked W for inference on this CPU")
+            raise ValueError(f"{name}: bitsandbytes repacked W for inference on this CPU, so it cannot get noise")
         self.adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         self.noise = getattr(self.base, "noise", None)
 
@@ -645,12 +646,12 @@ def weight_of(base: nn.Module) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The tensor itself or, if PyTorch's fully_shard has left a part of it on each process, all of it."""
+    """The tensor itself or, if PyTorch's fully_shard has split it across processes, the full tensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight itself or, if bitsandbytes holds it in 4 bits, its numbers (m, n) in `dtype`."""
+    """The weight itself or, if bitsandbytes stores it in 4 bits, its dequantized values (m, n) in `dtype`."""
     if not hasattr(weight, "quant_state"):
         return weight
     from bitsandbytes.functional import dequantize_4bit
@@ -658,21 +659,22 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(weight.detach(), weight.quant_state).to(dtype)
 
 
-# ---- Departures ----------------------------------------------------------------------------------------------
+# ---- Differences from the paper and from the authors' code ---------------------------------------------------
 #
 # From the paper:
-# - The normals come from a table instead of being drawn for each step; `draw_noise` says what differs.
-# - eps, W + eps and the W' whose rows are measured have the dtype of W. In bfloat16 weak noise rounds away: sigma 0.01
-#   still moves four weights of five, 0.001 one of five. So the first steps of the schedule have less noise than asked.
-# - W' includes the scaling s, which the paper's formulas omit and its code has.
+# - The normals come from a table instead of being drawn for each step; `draw_noise` explains what differs.
+# - eps, W + eps and the W' whose row norms are taken have the dtype of W. In bfloat16, weak noise is rounded away:
+#   sigma 0.01 still moves four weights out of five, sigma 0.001 only one. So the first steps of the schedule have less
+#   noise than requested.
+# - W' includes the scaling s, which the paper's formulas omit and the authors' code includes.
 #
 # From the authors' code, which adds eps to the stored W before the first micro-batch of a step and, after the last one,
-# draws it again from a kept seed and subtracts it:
-# - Here W is never written. Adding and subtracting rounds twice, so a "frozen" bfloat16 W drifts.
-# - Here eps follows from the seed and the layer's name. There it follows from the clock, through torch's global
+# redraws it from a stored seed and subtracts it:
+# - Here W is never modified. Adding and subtracting rounds twice, so a "frozen" bfloat16 W drifts.
+# - Here eps is determined by the seed and the layer's name. There it depends on the clock, through torch's global
 #   generator: a run cannot be repeated, and its dropout differs from that of a run without noise.
 # - Here every adapter gets noise. There only adapters on one class of PEFT's layers do; the others silently train
-#   without.
+#   without noise.
 # - Here the schedule runs over the given total_steps. There its length ignores a limit on the number of steps, and the
 #   number of processes.
 # Unchanged: one eps per step, shared by its micro-batches, and a strength that grows from zero along a cosine.
