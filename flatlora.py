@@ -123,14 +123,15 @@ def add_lora(layer: nn.Linear, r: int = 8, alpha: float = 16, dropout: float = 0
     B = W.new_zeros(m, r, dtype=dtype)
 
     layer.requires_grad_(False)
+    layer.scaling = alpha / r
+    layer.lora_dropout = nn.Dropout(dropout).train(layer.training)
+    layer.lora_A = nn.Parameter(A)
+    layer.lora_B = nn.Parameter(B)
+    layer.noise = None
+
     layer.plain_class = type(layer)
     layer.__class__ = LoRALinear
     layer.frozen_weight = layer._parameters.pop("weight")
-    layer.lora_A = nn.Parameter(A)
-    layer.lora_B = nn.Parameter(B)
-    layer.lora_dropout = nn.Dropout(dropout).train(layer.training)
-    layer.scaling = alpha / r
-    layer.noise = None
     return layer
 
 
