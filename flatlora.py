@@ -31,9 +31,9 @@ Filter.  A filter is a row of W': the weights W'_i of one output. Its noise is s
          and weak rows are perturbed in proportion. Using |W_i| would ignore what training has added to the row.
 
 Sigma.   Because of the 1 / n, E|eps_i|^2 = sigma^2 |W'_i|^2: each row moves by about a fraction sigma of its norm,
-         however many inputs it has. So the effect on the outputs does not depend on n either: for independent inputs of
-         equal variance, the noise multiplies the variance of every output by 1 + sigma^2 and, if the inputs have the
-         mean mu, adds sigma^2 |W'_i|^2 mu^2 (proposition 3.2). The paper's best values of sigma are 0.05 to 0.15.
+         however many inputs it has. The effect on the outputs does not depend on n either (proposition 3.2). For
+         independent inputs with equal variance and mean 0, the noise multiplies the variance of every output by
+         1 + sigma^2. A mean mu adds sigma^2 |W'_i|^2 mu^2. The paper's best values of sigma are 0.05 to 0.15.
 
 Frozen.  W is never modified. Since (W' + eps) x = (W + eps) x + s B A x, the layer computes W + eps in new memory,
          multiplies by it and frees it; the backward pass recomputes it. In between, a layer keeps one number per row
@@ -73,7 +73,8 @@ class LoRALinear(nn.Linear):
     noise: Noise | None  # inside `perturbed`: what is added to W
 
     def forward(self, x: Tensor) -> Tensor:
-        # Run the adapter first: `_NoisyLinear` casts x without tracking gradients, and older autocast reuses that cast.
+        # Adapter first: `_NoisyLinear` casts x without gradients, and older autocast caches that cast. If the adapter
+        # ran second, it would get the cached cast and pass no gradient to x.
         down = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
         up = F.linear(down * self.scaling, self.lora_B)  # (..., m)
         out = noisy_linear(x, self.frozen_weight, self.bias, self.noise)  # (..., m)
@@ -141,7 +142,8 @@ def add_lora(layer: nn.Linear, r: int = 8, alpha: float = 16, dropout: float = 0
 def sigma_at(step: int, total_steps: int, sigma: float) -> float:
     """Noise strength at an optimizer step, counted from 0: it grows from 0 to `sigma` along a cosine.
 
-    The paper says only "cosine"; the formula is that of the authors' code. ValueError: step is not in 0 to total_steps.
+    With gradient accumulation, count both `step` and `total_steps` in optimizer steps, not in micro-batches. The paper
+    says only "cosine"; the formula is that of the authors' code. ValueError: step is not in 0 to total_steps.
     """
     if not 0 <= step <= total_steps:
         raise ValueError(f"step must be from 0 to total_steps, got {step} of {total_steps}")
@@ -153,11 +155,12 @@ def perturbed(model: nn.Module, sigma: float, seed: Any) -> Iterator[None]:
     """Inside, every LoRA layer of the model computes with W' + eps. eps is drawn by eq. 7, with W' as it is on entry.
 
     `seed` is a number or a tuple such as (run, step). Together with the layer's name it determines the random numbers
-    behind eps. So give each step a new seed; all micro-batches of the step see the same eps, and no global random
-    generator is used. In distributed training, (run, step, rank) gives each process its own eps, so that each step
-    averages over more samples of the noise.
+    behind eps. So give each step a new seed. Its micro-batches share one eps, in one context or in several entered with
+    the same seed. No global random generator is used. In distributed training, (run, step, rank) gives each process its
+    own eps, so that each step averages over more samples of the noise.
 
-    Activation checkpointing repeats the forward pass during the backward. With it, call backward inside the context.
+    Activation checkpointing repeats the forward pass during the backward, so call backward inside the context. Outside,
+    the repeated pass has no noise, and the gradient may be silently wrong.
 
     ValueError: sigma is negative or not finite, the seed is None or nan, or the model has no LoRA layer. RuntimeError:
     the model is perturbed already.
@@ -203,7 +206,7 @@ def draw_noise(merged: Tensor, sigma: float, seed: Any, name: str = "") -> Noise
 
     The seed and the name determine `start` and the signs. All rows are one strided view, so nothing is copied.
 
-    Over random seeds, each eps_ij has the distribution of eq. 7, and any two are uncorrelated. They are not all
+    Over random seeds, each eps_ij has nearly the distribution of eq. 7, and any two are uncorrelated. They are not all
     independent, since all layers and steps share the table. In a layer of more than 4 million weights, as in most
     layers of a 7B model, the windows of its rows overlap.
     """
@@ -215,7 +218,8 @@ def draw_noise(merged: Tensor, sigma: float, seed: Any, name: str = "") -> Noise
     # The seed and the name are written as JSON. `tolist` converts numpy's and torch's numbers.
     text = json.dumps([seed, name], default=lambda number: number.tolist(), allow_nan=False)
     generator = random.Random(text)
-    start = generator.randrange(0, min(TABLE_SIZE, len(table) - length), 8)  # the last row must end inside the table
+    # The table wraps around by a second copy of itself, in which the last row must end.
+    start = generator.randrange(0, min(TABLE_SIZE, len(table) - length), 8)
     start_of_signs = generator.randrange(TABLE_SIZE)
 
     normals = table.as_strided((m, n), (spacing, 1), start)
@@ -267,7 +271,7 @@ class _NoisyLinear(torch.autograd.Function):
         grad_of_x = grad_of_bias = None
         if ctx.needs_input_grad[0]:
             W = dense(weight, ctx.noise.scale.dtype)
-            # The factors are swapped on purpose: torch.compile would reuse the forward's W + eps, and so keep it.
+            # The factors are swapped on purpose: torch.compile would merge equal expressions, and so keep W + eps.
             noisy = torch.addcmul(W, ctx.noise.scale, ctx.noise.normals)  # (m, n)
             grad_of_x = grad @ noisy.to(grad.dtype)
         if ctx.needs_input_grad[2]:
