@@ -7,9 +7,9 @@
 
 Without --init a small GPT-2, whose tokens are bytes, is pre-trained on the text
 of Python's help(). Each method fine-tunes it on source code of the package
-email. With the same seed, all start from the same adapters and see the same
-batches. To resume a stopped run, repeat its command. A finished run is reused
-while the code, the text and the options of its training stay the same.
+email. For a given seed, all methods start from the same adapters and see the
+same batches. To resume a stopped run, repeat its command. A finished run is
+reused as long as the code, the text and its training options are unchanged.
 
 The .pt files in --out hold "model", "optimizer" and the "losses" of all steps.
 The "model" of an adapter comes from flatlora.lora_state_dict. To load it, with
@@ -20,9 +20,9 @@ the --r of its run (by default 8 with --init, else 16):
     saved = torch.load("out/flat-0-....pt", map_location="cpu")
     flatlora.load_lora_state_dict(model, saved["model"])
 
-Without --init, make the model by
+Without --init, build the model with
     GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64))
-and first give its load_state_dict the "model" of out/base-0-....pt.
+and, before adding the adapters, load the "model" of out/base-0-....pt into it.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ from tqdm import tqdm
 import flatlora
 
 METHODS = ["lora", "flat", "sam"]
-MUST_BE_PLAIN = ["model_type", "activation_function", "layer_norm_epsilon", "tie_word_embeddings"]
-MUST_BE_PLAIN += ["scale_attn_weights", "scale_attn_by_inverse_layer_idx"]
+MUST_MATCH_GPT2 = ["model_type", "activation_function", "layer_norm_epsilon", "tie_word_embeddings"]
+MUST_MATCH_GPT2 += ["scale_attn_weights", "scale_attn_by_inverse_layer_idx"]
 TARGETS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 CHECKPOINT_SECONDS = 30.0
 SAMPLE_LENGTH = 200
@@ -66,7 +66,7 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 progress_bar = partial(tqdm, leave=False, disable=RANK > 0)
 
-# Read at once, since the files may be edited while a run lasts.
+# Read at startup, since the files may be edited during a run.
 CODE = [Path(file).read_text("utf-8") for file in (__file__, flatlora.__file__)]
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) each
@@ -74,7 +74,7 @@ Data = dict[str, Tensor]
 
 
 class UsageError(ValueError):
-    """What the user gave cannot be used. It ends the script in one line."""
+    """Unusable input or options. The script prints the message on one line and exits."""
 
 
 # ---- The model -----------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2, structured like https://github.com/karpathy/nanoGPT, with Hugging Face's names of parameters."""
+    """GPT-2, structured like https://github.com/karpathy/nanoGPT, with Hugging Face's parameter names."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif "c_proj" in name:  # each block adds to the residual stream twice, hence smaller
+            elif "c_proj" in name:  # smaller, since each block adds to the residual stream twice
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -162,15 +162,15 @@ class GPT(nn.Module):
     def from_pretrained(cls, name: str) -> GPT:
         """The weights of "gpt2" to "gpt2-xl", or those in a folder, through transformers.
 
-        UsageError: the model is not a GPT-2, computes something else than this class, or lacks a weight.
+        UsageError: the model is not a GPT-2, does not compute the same as this class, or lacks a weight.
         """
         from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
         c = AutoConfig.from_pretrained(name)
-        for key in MUST_BE_PLAIN:
-            plain = getattr(GPT2Config(), key)
-            if getattr(c, key, None) != plain:
-                raise UsageError(f"{name} computes something else than OpenAI's GPT-2: its {key} is not {plain!r}")
+        for key in MUST_MATCH_GPT2:
+            expected = getattr(GPT2Config(), key)
+            if getattr(c, key, None) != expected:
+                raise UsageError(f"{name} differs from OpenAI's GPT-2: its {key} is not {expected!r}")
         theirs, info = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"]:
             raise UsageError(f"{name} lacks weights: {sorted(info['missing_keys'])}")
@@ -188,7 +188,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: list[int], length: int, temperature: float = 0.7) -> list[int]:
-        """The tokens and `length` more, which are the same at every call."""
+        """The tokens, then `length` sampled ones. The sampling seed is fixed, so every call gives the same text."""
         generator = torch.Generator().manual_seed(0)
         for _ in range(length):
             context = torch.tensor([tokens[-self.config.block_size :]])  # (1, T)
@@ -231,7 +231,7 @@ def read_files(paths: list[Path]) -> list[bytes]:
 
 
 def split(files: list[bytes]) -> dict[str, bytes]:
-    """Three fifths of each file to train on, one for validation and one for the test."""
+    """Split each file: three fifths for training, one for validation and one for the test."""
     parts = {"train": b"", "val": b"", "test": b""}
     for content in files:
         a = 3 * len(content) // 5
@@ -253,7 +253,7 @@ def load_data(args: Namespace, tokenizer: Any) -> Data:
     for name, text in texts.items():
         ids = encode(tokenizer, text)
         if len(ids) <= args.block_size:
-            raise UsageError(f"the {name} text has {len(ids)} tokens, not more than --block-size {args.block_size}")
+            raise UsageError(f"the {name} text needs more than {args.block_size} tokens (--block-size), got {len(ids)}")
         data[name] = torch.tensor(ids, dtype=torch.int32)
     return data
 
@@ -284,10 +284,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(model: GPT, method: str, data: Tensor, args: Namespace, seed: int, file: Path) -> None:
-    """Train the adapters or, by the method "base", all weights, in place.
+    """Train the adapters in place or, if the method is "base", all weights.
 
-    The file is written twice a minute, and a stopped run resumes from it. All random numbers of a step follow from
-    (seed, step, rank). So a resumed run equals one that was never stopped, and all methods see the same batches.
+    The file is written twice a minute, and a stopped run resumes from it. (seed, step, rank) determines all random
+    numbers of a step. So a resumed run equals one that was never stopped, and all methods see the same batches.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(parameters, args.lr, (0.9, 0.95), weight_decay=0.0)
@@ -300,7 +300,7 @@ def train(model: GPT, method: str, data: Tensor, args: Namespace, seed: int, fil
             flatlora.load_lora_state_dict(model, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         losses = saved["losses"]
-        say(f"{file} is reused: {len(losses)} of {args.steps} steps are done")
+        say(f"reusing {file}: {len(losses)} of {args.steps} steps are done")
 
     net = model.train()
     if WORLD > 1:
@@ -342,7 +342,7 @@ def train(model: GPT, method: str, data: Tensor, args: Namespace, seed: int, fil
 
 
 def write(path: Path, content: bytes) -> None:
-    """Only the first process writes. A kill or a full disk leaves either the earlier file or the new one."""
+    """By the first process only. After a kill or a full disk, the file is the old one or the complete new one."""
     if RANK > 0:
         return
     new = path.with_name(f".writing-{os.getpid()}")
@@ -354,7 +354,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def say(line: str) -> None:
-    """Above the progress bar."""
+    """Print a line above the progress bar, from the first process only."""
     if RANK == 0:
         tqdm.write(line, file=sys.stderr)
 
@@ -394,26 +394,27 @@ T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 
 def report(runs: list[dict[str, Any]], test_tokens: int) -> str:
-    """One row per method: means over the seeds, and the paired difference to LoRA's test loss."""
-    lines = ["        validation        test  other text   sharpness   test minus lora's"]
+    """One row per method: means over the seeds, and the paired difference from LoRA's test loss."""
+    lines = ["        validation        test  other text   sharpness   test loss - lora's"]
     lora = [run["test_loss"] for run in runs if run["method"] == "lora"]
     for method in dict.fromkeys(run["method"] for run in runs):
-        own = [run for run in runs if run["method"] == method]
-        n = len(own)
+        method_runs = [run for run in runs if run["method"] == method]
+        n = len(method_runs)
         line = f"{method:6}"
         for key in ("val_loss", "test_loss", "ood_loss", "sharpness"):
             cell = "-"
-            if key in own[0]:  # the base has no sharpness
-                cell = f"{fmean(run[key] for run in own):.4f}"
+            if key in method_runs[0]:  # the base has no sharpness
+                cell = f"{fmean(run[key] for run in method_runs):.4f}"
             line += f"{cell:>12}"
         if lora and n > 1 and method != "lora":
-            gaps = [run["test_loss"] - other for run, other in zip(own, lora)]
+            gaps = [run["test_loss"] - other for run, other in zip(method_runs, lora)]
             half = T975[min(n, 10) - 2] * stdev(gaps) / math.sqrt(n)
             line += f"   {fmean(gaps):+.4f} +- {half:.4f}"
         lines.append(line)
 
-    scope = "95 % intervals cover seeds only" if n > 1 else "no interval"
-    lines.append(f"n = {n}; {scope}: one base, {test_tokens:,} tokens of test text")
+    lines.append(f"Seeds: {n}; base models: 1; test tokens: {test_tokens:,}.")
+    if n > 1:
+        lines.append("The 95 % intervals cover the seeds only.")
     return "\n".join(lines)
 
 
@@ -426,14 +427,14 @@ OPTIONS = {  # default, default with --init, meaning
     "grad_accum": (1, 4, "micro-batches per step and process: more processes make a larger batch"),
     "block_size": (64, 256, "tokens per window"),
     "r": (16, 8, "rank of the adapters"),
-    "alpha": (32.0, 16.0, "their scaling is alpha / r"),
-    "lora_dropout": (0.0, 0.0, "dropout on their input"),
+    "alpha": (32.0, 16.0, "scaling of the adapters is alpha / r"),
+    "lora_dropout": (0.0, 0.0, "dropout on the input of the adapters"),
     "sigma": (0.2, 0.05, "flat: noise at the last step"),
     "rho": (0.2, 0.05, "sam: radius"),
     "eval_windows": (200, 32, "windows of each text in an evaluation"),
     "n_layer": (4, 4, "blocks of the small GPT-2"),
-    "n_embd": (128, 128, "its width; the head size is 32, if that divides it"),
-    "pretrain_steps": (1100, 1100, "its optimizer steps"),
+    "n_embd": (128, 128, "width of the small GPT-2; heads have 32 channels if that divides it"),
+    "pretrain_steps": (1100, 1100, "optimizer steps of its pre-training"),
 }
 
 
@@ -441,13 +442,13 @@ def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.usage = "%(prog)s [options]"
     add = parser.add_argument
-    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="of lora, flat, sam (all; with --init not sam)")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="lora, flat, sam (all; with --init no sam)")
     add("--text", type=Path, nargs="+", metavar="FILE", help="fine-tune on these (sources of the package email)")
     add("--ood", type=Path, nargs="+", metavar="FILE", help="another text to test on (sources of asyncio)")
     add("--init", metavar="MODEL", help="gpt2 to gpt2-xl or a folder, instead of the small GPT-2")
     add("--prompt", default="def ", help="prompt of the two sample texts at the end (%(default)r)")
     add("--out", type=Path, default=Path("out"), help="folder for runs and results (%(default)s)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast (%(default)s)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 means autocast (%(default)s)")
     for name, (small, large, meaning) in OPTIONS.items():
         shown = f"{small}" if small == large else f"{small}; with --init {large}"
         add(f"--{name.replace('_', '-')}", type=type(small), metavar="N", help=f"{meaning} ({shown})")
@@ -470,7 +471,7 @@ def parse_args() -> Namespace:
 
 
 def digest(*parts: Any) -> str:
-    """A hash of the code and of the parts: tensors by all of their numbers, other things by their text."""
+    """Hash of the code, torch version, process count and the parts: tensors by value, other parts by their text."""
     total = hashlib.sha256(f"{CODE} {torch.__version__} {WORLD}".encode())
     for part in parts:
         if isinstance(part, Tensor):
@@ -481,7 +482,7 @@ def digest(*parts: Any) -> str:
 
 
 def run_file(args: Namespace, method: str, seed: int, *parts: Any) -> Path:
-    """Its name has a digest of the given parts and of the options that shape the training of this method."""
+    """The file of a run. Its name holds a digest of the given parts and of the options that affect this training."""
     names = ["steps", "lr", "batch_size", "grad_accum", "block_size", "dtype"]
     if method != "base":
         names += ["r", "alpha", "lora_dropout"]
@@ -505,10 +506,10 @@ def load_base(args: Namespace) -> GPT:
     base = GPT(config).to(args.device)
     text = "\n\n".join(topics[key] for key in sorted(topics))
     data = torch.tensor(encode(None, text.encode()), dtype=torch.int32)
-    own = copy.copy(args)
-    own.steps, own.lr, own.grad_accum = args.pretrain_steps, 3e-3, 1
-    file = run_file(own, "base", 0, config, *base.parameters(), data)
-    train(base, "base", data, own, 0, file)
+    base_args = copy.copy(args)
+    base_args.steps, base_args.lr, base_args.grad_accum = args.pretrain_steps, 3e-3, 1
+    file = run_file(base_args, "base", 0, config, *base.parameters(), data)
+    train(base, "base", data, base_args, 0, file)
     return base
 
 
@@ -519,12 +520,12 @@ def compare(args: Namespace) -> None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(args.init, model_max_length=10**9)  # no warning about long texts
-    data = load_data(args, tokenizer)  # before minutes of pre-training, since a text may be missing
+    data = load_data(args, tokenizer)  # before minutes of pre-training, so that a missing text is reported first
     base = load_base(args)
     start = digest(base.config, *base.parameters(), data["train"], data["val"], data["test"])
 
     runs = [{"method": "base", "seed": 0, **evaluate(base, data, args)}]
-    models = {"base": base}  # of the first seed, to write a text
+    models = {"base": base}  # of the first seed, for the sample texts
     files = []
     for seed in range(args.seeds):
         for method in args.methods:
@@ -545,8 +546,8 @@ def compare(args: Namespace) -> None:
     tested = min(len(data["test"]), args.eval_windows * args.block_size)
     text = report(runs, tested)
     content = {"torch": torch.__version__, "options": vars(args), "runs": runs, "report": text}
-    mark = digest(files, args.eval_windows, data["ood"])
-    results = args.out / f"results-{'-'.join(args.methods)}-{args.seeds}-{mark}.json"
+    fingerprint = digest(files, args.eval_windows, data["ood"])
+    results = args.out / f"results-{'-'.join(args.methods)}-{args.seeds}-{fingerprint}.json"
     write(results, json.dumps(content, indent=1, default=str).encode())
     print(f"{text}\n\nNumbers: {results}\nAdapters: the .pt files beside it")
     prompt = encode(tokenizer, (args.prompt or "\n").encode())

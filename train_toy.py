@@ -2,17 +2,18 @@
 
     python train_toy.py
 
-trains with each method on twenty target tasks, prints a table and writes
-out/toy.json. For the picture of the idea, train until LoRA overfits:
+fine-tunes with each method on twenty target tasks, prints a table and writes
+out/toy.json. For the picture, train long enough that LoRA overfits:
 
     python train_toy.py --seeds 2 --steps 1500 --lr 3e-3 --plot idea
 
 A random network, the teacher, labels the source task, on which a student is
-trained once. Each target task moves the teacher by matrices of low rank, so
-that LoRA can follow. It has 300 training samples, a tenth of them labelled at
-random. The "shifted" test has inputs that are shifted and more widely spread,
-with labels by the same teacher. On each task all methods start from the same
-adapters and see the same batches, so their differences are paired.
+trained once. For each target task, low-rank matrices are added to the teacher's
+weights, a change that LoRA can follow. A target task has 300 training samples,
+a tenth of them labelled at random. The "shifted" test set is labelled by the
+same teacher; its inputs have a shifted mean and a larger variance. On each task
+all methods start from the same adapters and see the same batches, so that their
+differences are paired.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ R = 4  # rank of the adapters
 ALPHA = 8  # their scaling is ALPHA / R
 METHODS = ["lora", "flat", "sam", "sam-full"]  # sam-full: SAM on W' itself
 
-# Each use counts its seeds from here, since two uses of one stream of random numbers would be correlated.
+# First seed of each use. The ranges are apart, since two uses of the same seed would draw correlated numbers.
 SOURCE = 0
 TARGET = 1_000_000
 ADAPTERS = 2_000_000
@@ -89,7 +90,7 @@ def source_task(steps: int = 1500) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def target_task(teacher: nn.Sequential, seed: int) -> dict[str, Data]:
-    """The splits of a task. Its teacher differs, in each weight, by a random matrix of rank 2 and relative norm 0.3."""
+    """The splits of one task. Its teacher has a random matrix of rank 2 and relative norm 0.3 added to each weight."""
     torch.manual_seed(TARGET + seed)
     moved = copy.deepcopy(teacher)
     for layer in moved[::2]:
@@ -104,7 +105,7 @@ def target_task(teacher: nn.Sequential, seed: int) -> dict[str, Data]:
 
 
 def draw(teacher: nn.Sequential, n: int, label_noise: float = 0.0) -> Data:
-    """n inputs with the teacher's labels, of which a share is replaced by random ones."""
+    """n inputs with the teacher's labels, a fraction `label_noise` of them replaced by random ones."""
     x = torch.randn(n, INPUTS)
     y = teacher(x).argmax(1)  # (n,)
     replaced = torch.rand(n) < label_noise
@@ -153,9 +154,9 @@ def sam_on_merged_step(
     rho: float,
     max_grad_norm: float = math.inf,
 ) -> float:
-    """One step of SAM on W' itself, the ideal that Flat-LoRA stands in for (eq. 5). Returns the loss of the first pass.
+    """One step of SAM on W' itself, which Flat-LoRA approximates at lower cost (eq. 5). Returns the first pass's loss.
 
-    The gradient at W' moved by rho along the gradient by W', normalised over all layers, updates A and B. It takes two
+    W' moves by rho along its gradient, normalised over all layers; the gradient there updates A and B. A step takes two
     passes, and two matrices of the size of W per layer. W must be float32: half precision would round the shift away.
     """
     loss, gradients = merged_gradients(model, loss_fn, batches)
@@ -171,10 +172,7 @@ def sam_on_merged_step(
 
 @torch.enable_grad()
 def merged_gradients(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> tuple[float, list[Tensor]]:
-    """The mean loss and its gradient with respect to each W'. Adds to `.grad` of A and B, too.
-
-    Since W' = W + s B A, the gradient with respect to W is the same.
-    """
+    """The mean loss, and its gradient with respect to each W' (equal to that of W). Also adds to `.grad` of A and B."""
     weights = [layer.frozen_weight for layer in lora_layers(model).values()]
     try:
         for weight in weights:
@@ -203,7 +201,7 @@ def shifted(model: nn.Module, shifts: Sequence[Tensor]) -> Iterator[None]:
 
 # ---- Measures ------------------------------------------------------------------------------------------------
 
-SIGMA = 0.3  # of the noise under which the rise of the training loss is measured
+SIGMA = 0.3  # of the noise in all sharpness measures
 SAMPLES = 10
 
 
@@ -225,9 +223,9 @@ def measure(model: nn.Module, splits: dict[str, Data], seed: int) -> Run:
 
 
 def noise_on_factors(model: nn.Module, train: Data, seed: int) -> tuple[float, float]:
-    """The mean rise of the loss under noise on A and B, by the law of eq. 7 on their rows, and the mean |dW'| / |W'|.
+    """The mean rise of the loss under noise on A and B, drawn by eq. 7 from their rows, and the mean |dW'| / |W'|.
 
-    The second is also the sigma of noise on W' that moves W' equally far.
+    The second value is also the sigma at which noise on W' moves W' equally far.
     """
     factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
     W = merged(model)
@@ -265,8 +263,8 @@ ROWS = {
 NOTES = f"""
 Sharpness: the rise of the training loss under noise of sigma {SIGMA}. In LoRA space
 the noise is on A and B; the last row says how far that moves W'. In the full
-space it is on W'. At equal |dW'| it is on W', but so weak that it moves W' just
-as far as in LoRA space.
+space it is on W'. At equal |dW'| it is on W' too, but scaled down so that it
+moves W' only as far as in LoRA space.
 """
 
 # 97.5 % points of Student's t for 1 to 20 degrees of freedom. Above 21 seeds, intervals are up to 7 % too wide.
@@ -275,7 +273,7 @@ T975 += [2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086]
 
 
 def table(runs: dict[str, list[Run]]) -> str:
-    """LoRA's means, and the mean differences of the other methods to them, paired by task, with 95 % intervals."""
+    """LoRA's means, and the mean differences of the other methods from LoRA, paired by task, with 95 % intervals."""
     lines = [f"{'':<22}{'lora':>7}"]
     for method in METHODS[1:]:
         lines[0] += f"{method + ' - lora':>17}"
@@ -302,11 +300,11 @@ def half_interval(values: Sequence[float]) -> float:
 # ---- The picture ---------------------------------------------------------------------------------------------
 
 ACROSS = torch.linspace(-0.4, 1.5, 39)  # x: A and B go from those of LoRA, at 0, to those of Flat-LoRA, at 1
-UP = torch.linspace(-18, 18, 61)  # y: W' moves out of their reach, in per cent of its norm
+UP = torch.linspace(-18, 18, 61)  # y: W' moves out of reach of A and B, in per cent of its norm
 LEVELS = torch.arange(-2, 4, 0.5)  # of the logarithm of the loss
-RISE = 0.5  # of the loss, at the ends of a bar
+RISE = 0.5  # how much the loss has risen at the ends of a bar
 DOTS = 150
-MAGNIFIED = 5  # the noise in the picture: it spreads over all directions, of which a plane shows two
+MAGNIFIED = 5  # factor on the noise in the picture: noise spreads over all directions, and the plane shows only two
 STYLES = {"light": "default", "dark": "dark_background"}  # of matplotlib
 
 
@@ -325,7 +323,7 @@ def plot(lora: nn.Sequential, flat: nn.Sequential, train: Data, args: Namespace)
 
 @torch.no_grad()
 def plane(lora: nn.Sequential, flat: nn.Sequential, train: Data, sigma: float) -> tuple[Tensor, Tensor]:
-    """The training loss (Y, X), and where draws of the noise on Flat-LoRA's W' lie, seen from there: (DOTS, 2)."""
+    """The training loss (Y, X), and where noise draws on Flat-LoRA's W' lie in the plane, relative to W': (DOTS, 2)."""
     size = merged(lora).norm() / 100
     up = [size * part for part in steep_direction(lora, flat, train)]
     starts = lora_parameters(lora)
@@ -348,10 +346,11 @@ def plane(lora: nn.Sequential, flat: nn.Sequential, train: Data, sigma: float) -
 
 
 def steep_direction(lora: nn.Sequential, flat: nn.Sequential, train: Data) -> list[Tensor]:
-    """A direction of W', (m, n) per layer and of length 1 in all, along which the sum of both losses rises steeply.
+    """A direction of W', (m, n) per layer and of total norm 1, along which the sum of both losses rises steeply.
 
-    It is out of reach of A and B: orthogonal to all changes s (b A + B a) that small steps of theirs make at either
-    minimum. Found by power iteration: a step of length 1, the gradient there, a step along that gradient, and so on.
+    It is out of reach of A and B: orthogonal to every change s (b A + B a) of W' that small changes a of A and b of B
+    make at either minimum. Found by power iteration: a step of length 1, the gradient there, a step along that
+    gradient, and so on.
     """
     direction = [torch.zeros_like(layer.frozen_weight) for layer in lora[::2]]
     for _ in range(30):
@@ -389,15 +388,15 @@ def draw_plane(axes: Any, loss: Tensor, dots: Tensor) -> None:
         axes.text(min(ACROSS[column] + 0.1, 1.1), 0.9 * UP[row], words, va="center")
     axes.set(xticks=[], xlim=(-0.4, 1.5), ylim=(-18, 18))
     axes.set_xlabel("\u2190 within reach of A and B \u2192")
-    axes.set_ylabel("\u2190 out of their reach, % of |W'| \u2192")
+    axes.set_ylabel("\u2190 out of reach of A and B, % of |W'| \u2192")
 
 
 # ---- The command ---------------------------------------------------------------------------------------------
 
 OPTIONS = {
     "seeds": (20, "number of target tasks"),
-    "steps": (300, "of each fine-tuning"),
-    "lr": (1e-3, "AdamW's, decayed along a cosine"),
+    "steps": (300, "optimizer steps per fine-tuning"),
+    "lr": (1e-3, "peak learning rate of AdamW, with cosine decay"),
     "sigma": (0.6, "flat: noise at the last step"),
     "rho": (0.2, "sam: radius on A and B; sam-full: on W'"),
 }
@@ -422,7 +421,7 @@ def arguments() -> Namespace:
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # the layers are too small to share, and one thread gives the same sums everywhere
+    torch.set_num_threads(1)  # more would not help such small layers, and one thread gives the same sums everywhere
     teacher, student = source_task()
     runs: dict[str, list[Run]] = {method: [] for method in METHODS}
     models: dict[str, nn.Sequential] = {}  # of the first task

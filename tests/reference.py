@@ -97,13 +97,13 @@ def row_std(merged, sigma):
     """Eq. 7, in plain Python: sigma |W'_i| / sqrt(n) for each row of W' (m, n), as (m, 1)."""
     stds = []
     for row in merged.tolist():
-        length = math.sqrt(sum(w * w for w in row))
-        stds.append([sigma * length / math.sqrt(len(row))])
+        norm = math.sqrt(sum(w * w for w in row))
+        stds.append([sigma * norm / math.sqrt(len(row))])
     return torch.tensor(stds, dtype=merged.dtype)
 
 
 def plain_noise(merged, sigma):
-    """Eq. 7 with normals that are drawn freshly: what the noise of `perturbed` stands for, (m, n)."""
+    """Eq. 7 with freshly drawn normals, (m, n): the noise for which that of `perturbed` is a substitute."""
     m, n = merged.shape
     return row_std(merged, sigma) * torch.randn(m, n)
 
@@ -122,7 +122,7 @@ def noise_of(model, sigma=0.3, seed=0):
 
 
 def dense_output(model, x):
-    """What the tiny model computes, written with its weights W' + eps, (size, 12) -> (size, 4)."""
+    """The tiny model's output, from its dense weights W' + eps, (size, 12) -> (size, 4)."""
     first, tanh, second = model
     W1 = merged(first) + eps_of(first)
     W2 = merged(second) + eps_of(second)
@@ -138,12 +138,12 @@ def dense_loss(model, batch):
 
 
 def dense_gradients(model, batch):
-    """The gradient of the dense loss by each A and B."""
+    """The gradient of the dense loss with respect to each A and B."""
     return list(torch.autograd.grad(dense_loss(model, batch), lora_parameters(model)))
 
 
 def dense_call(plain, model, x):
-    """What any `plain` model computes if its weights are the W' + eps of `model`, its copy with adapters."""
+    """The output of any `plain` model with the weights W' + eps of `model`, its copy with adapters."""
     weights = {}
     for name, layer in lora_layers(model).items():
         weights[f"{name}.weight".lstrip(".")] = merged(layer) + eps_of(layer)
@@ -158,7 +158,7 @@ def copies(tensors):
 
 
 def adapters(model):
-    """A copy of all that trains, as it is now."""
+    """A copy of all trainable parameters."""
     return copies(lora_parameters(model))
 
 
@@ -176,7 +176,7 @@ def base_bytes(model):
 
 
 def norm_of(tensors):
-    """The length of all of them as one vector."""
+    """The norm of all of them as one vector."""
     squares = sum(tensor.square().sum().item() for tensor in tensors)
     return math.sqrt(squares)
 
@@ -190,16 +190,16 @@ def assert_same_bits(given, expected):
     torch.testing.assert_close(given, expected, rtol=0, atol=0)
 
 
-def memory_of(tensor):
-    """Where its numbers lie: views of one tensor lie in the same memory."""
+def storage_address(tensor):
+    """The address of its storage, which all views of a tensor share."""
     return tensor.untyped_storage().data_ptr()
 
 
-def memories(size):
-    """Where the tensors of this process lie that take up `size` bytes or more."""
+def storage_addresses(size):
+    """Storage addresses of all tensors in this process that take up `size` bytes or more."""
     found = set()
     for thing in gc.get_objects():
         ordinary = type(thing) in (Tensor, nn.Parameter)
         if ordinary and thing.layout == torch.strided and thing.nbytes >= size:
-            found.add(memory_of(thing))
+            found.add(storage_address(thing))
     return found

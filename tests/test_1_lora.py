@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_dense_formula():
     torch.testing.assert_close(ref.gradients(model), ref.dense_gradients(model, data))
 
 
-def test_first_output_is_the_bases():  # since B starts at zero
+def test_first_output_is_that_of_the_base_model():  # since B starts at zero
     model = ref.plain_model()
     x, _ = ref.batch()
     before = model(x)
@@ -88,7 +88,7 @@ def test_dropout_acts_on_the_input_of_the_adapter():
     torch.testing.assert_close(out, x @ layer.frozen_weight.T + layer.bias + update)
 
 
-def test_dropout_is_off_in_a_model_in_evaluation():
+def test_dropout_is_off_in_eval_mode():
     layer = ref.with_nonzero_B(add_lora(nn.Linear(12, 16).eval(), dropout=0.5))
     x = torch.randn(5, 12)
     torch.testing.assert_close(layer(x), x @ ref.merged(layer).T + layer.bias)
@@ -98,11 +98,11 @@ def test_dropout_is_off_in_a_model_in_evaluation():
 
 
 class Projection(nn.Linear):
-    """Somebody's own class, which computes as nn.Linear does."""
+    """A user's subclass that computes exactly what nn.Linear does."""
 
 
 class Net(nn.Module):
-    """Names as a language model has them. The head is tied to the embedding."""
+    """Layer names as in a language model. The head is tied to the embedding."""
 
     def __init__(self):
         super().__init__()
@@ -115,14 +115,14 @@ class Net(nn.Module):
         self.head.weight = self.wte.weight
 
 
-def names_that_train(model):
+def trainable_names(model):
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 TARGETS = [
-    (["attn"], ["h.0.attn", "h.1.attn"]),  # every layer called so, but not h.0.xattn
-    (["1.xattn", "0.attn"], ["h.0.attn", "h.1.xattn"]),  # a longer name stands for one layer
-    (r"h\.0|h\.1\..*", ["h.1.attn", "h.1.xattn"]),  # one expression for full names, and no layer is called "h.0"
+    (["attn"], ["h.0.attn", "h.1.attn"]),  # every layer of that name, but not h.0.xattn
+    (["1.xattn", "0.attn"], ["h.0.attn", "h.1.xattn"]),  # a longer name selects one layer
+    (r"h\.0|h\.1\..*", ["h.1.attn", "h.1.xattn"]),  # an expression must match the full name; no layer is called "h.0"
     (".*", ["h.0.attn", "h.0.xattn", "h.1.attn", "h.1.xattn"]),  # skips the embedding and the tied head
 ]
 
@@ -131,20 +131,20 @@ TARGETS = [
 def test_targets_name_layers(targets, names):
     model = inject_lora(Net(), r=2, targets=targets)
     assert list(lora_layers(model)) == names
-    assert all("lora_" in name for name in names_that_train(model))  # and nothing else
+    assert all("lora_" in name for name in trainable_names(model))  # and nothing else
 
 
 NO_TARGETS = [
     (["attn", "atn"], "'atn' fits the name of no layer"),  # a typo
-    ([".attn"], "the name of no layer"),  # a dot is a dot; as any letter, it would fit h.0.xattn
-    ("attn", "the name of no layer"),  # an expression is for full names
+    ([".attn"], "the name of no layer"),  # a dot in a list is literal; as a regular expression it would match h.0.xattn
+    ("attn", "the name of no layer"),  # an expression must match the full name
     (["attn", "wte"], "wte is of type Embedding, not nn.Linear"),
     (["head"], "head shares its weight with another layer"),
 ]
 
 
 @pytest.mark.parametrize(("targets", "reason"), NO_TARGETS, ids=str)
-def test_what_cannot_get_an_adapter_is_an_error_with_the_reason(targets, reason):
+def test_a_target_that_cannot_get_an_adapter_is_an_error_with_the_reason(targets, reason):
     model = Net()
     with pytest.raises(ValueError, match=reason):
         inject_lora(model, r=2, targets=targets)
@@ -177,11 +177,11 @@ def test_a_layer_changes_in_place_and_back():
     assert type(layer) is Projection
 
 
-# ---- What trains ----
+# ---- Trainable parameters ----
 
 
 def model_with_a_head():
-    """The body has an adapter. The new head, a normalisation and a linear layer, trains in full."""
+    """The body has an adapter. The new head, a normalisation and a linear layer, is fully trained."""
     head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 4))
     model = nn.ModuleDict({"body": nn.Linear(12, 16), "head": head})
     inject_lora(model, r=2, targets=["body"])
@@ -189,14 +189,14 @@ def model_with_a_head():
     return model
 
 
-def test_the_adapters_train_and_what_is_unfrozen_afterwards():
+def test_the_adapters_and_what_is_unfrozen_later_are_trainable():
     model = model_with_a_head()
     expected = [model["body"].lora_A, model["body"].lora_B, *model["head"].parameters()]
     given = lora_parameters(model)
     assert [id(p) for p in given] == [id(p) for p in expected]
 
 
-def test_a_later_injection_leaves_alone_what_trains():
+def test_a_later_injection_keeps_trainable_parameters():
     model = model_with_a_head()
     before = lora_parameters(model)
     values = ref.adapters(model)  # copies of them
@@ -206,7 +206,7 @@ def test_a_later_injection_leaves_alone_what_trains():
     ref.assert_same_bits(before, values)
     added = {"head.1.lora_A", "head.1.lora_B"}
     kept = {"body.lora_A", "body.lora_B", "head.0.weight", "head.0.bias"}
-    assert set(names_that_train(model)) == kept | added
+    assert set(trainable_names(model)) == kept | added
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -219,7 +219,7 @@ def test_training_in_half_precision_is_an_error(dtype):  # most updates would be
 # ---- Saving and loading ----
 
 
-def test_the_state_is_all_that_trains_with_each_scaling():
+def test_the_state_holds_all_trainable_parameters_and_scalings():
     state = lora_state_dict(ref.adapted_model())
     assert list(state) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "0.scaling", "2.scaling"]
     assert state["0.scaling"] == 6 / 3
@@ -280,7 +280,7 @@ def test_merging_keeps_the_output():
 
     torch.testing.assert_close(model(x), expected)
     assert model.state_dict().keys() == ref.plain_model().state_dict().keys()
-    assert names_that_train(model) == []
+    assert trainable_names(model) == []
 
 
 def test_merging_does_not_write_the_base():
@@ -291,7 +291,7 @@ def test_merging_does_not_write_the_base():
     assert ref.bytes_of(W) == before
 
 
-def test_merging_inside_the_noise_is_an_error():
+def test_merging_inside_perturbed_is_an_error():
     model = ref.adapted_model()
     with perturbed(model, sigma=0.3, seed=0), pytest.raises(ValueError, match="outside of `perturbed`"):
         merge_lora(model)

@@ -137,7 +137,7 @@ def test_none_and_nan_are_not_seeds(seed):
         ref.noise_of(ref.adapted_model(), seed=seed)
 
 
-def test_another_target_changes_no_other_noise():
+def test_adding_a_target_keeps_the_noise_of_other_layers():
     one = inject_lora(ref.plain_model(), targets=["2"])
     both = inject_lora(ref.plain_model(), targets=["0", "2"])
     assert torch.equal(ref.noise_of(one)["2"], ref.noise_of(both)["2"])
@@ -146,8 +146,8 @@ def test_another_target_changes_no_other_noise():
 # ---- What it never touches ----
 
 
-def test_a_hundred_steps_write_no_bit_of_the_base():
-    model = ref.adapted_model(torch.bfloat16)  # in which to add and subtract noise would round
+def test_a_hundred_steps_leave_the_base_bit_identical():
+    model = ref.adapted_model(torch.bfloat16)  # in which adding and subtracting noise would round
     optimizer = ref.sgd(model)
     batches = [ref.batch(dtype=torch.bfloat16)]
     before = ref.base_bytes(model)
@@ -187,13 +187,13 @@ def test_ctrl_c_leaves_nothing_behind():
     assert torch.equal(model(x), clean)
 
 
-def test_a_layer_holds_one_number_per_row():  # and a place in the table, which all layers share
+def test_a_layer_holds_one_number_per_row():  # and a position in the table, which all layers share
     model = ref.adapted_model()
     with perturbed(model, sigma=0.3, seed=0):
         scale, normals = model[0].noise  # which is all that it holds
         _, normals_of_another = model[2].noise
     assert scale.shape == (16, 1)
-    assert ref.memory_of(normals) == ref.memory_of(normals_of_another)
+    assert ref.storage_address(normals) == ref.storage_address(normals_of_another)
 
 
 def test_nothing_of_the_size_of_w_is_kept_for_the_backward():
@@ -207,8 +207,8 @@ def test_nothing_of_the_size_of_w_is_kept_for_the_backward():
     with perturbed(layer, sigma=0.3, seed=0), torch.autograd.graph.saved_tensors_hooks(keep, keep):
         layer(torch.randn(5, 12, requires_grad=True))
 
-    large = {ref.memory_of(tensor) for tensor in kept if tensor.numel() >= 16 * 12}
-    assert large == {ref.memory_of(layer.frozen_weight)}  # W itself, which was there before
+    large = {ref.storage_address(tensor) for tensor in kept if tensor.numel() >= 16 * 12}
+    assert large == {ref.storage_address(layer.frozen_weight)}  # W itself, which was there before
 
 
 # ---- Its statistics; more in guards/test_statistics.py ----
@@ -227,17 +227,17 @@ def test_eps_is_distributed_as_freshly_drawn_noise():
     eps = draws(layer, count=500)
     fresh = torch.stack([ref.plain_noise(merged, sigma=0.3) for _ in range(500)])
 
-    error = 5 * math.sqrt(2 * 0.25 / 250_000)  # five standard errors of the difference of two shares
+    error = 5 * math.sqrt(2 * 0.25 / 250_000)  # five standard errors of the difference of two fractions
     for k in (-3, -2, -1, -0.5, 0, 0.5, 1, 2, 3):
-        given = (eps < k * std).double().mean(dim=(0, 2))  # (m,), the share below k standard deviations
+        given = (eps < k * std).double().mean(dim=(0, 2))  # (m,), the fraction below k standard deviations
         expected = (fresh < k * std).double().mean(dim=(0, 2))
         torch.testing.assert_close(given, expected, rtol=0, atol=error)
 
 
-def assert_uncorrelated(lines):
-    """The lines (k, count): each pair within six standard errors of zero."""
-    k, count = lines.shape
-    correlation = torch.corrcoef(lines)  # (k, k)
+def assert_uncorrelated(samples):
+    """Each pair of rows of samples (k, count): a correlation within six standard errors of zero."""
+    k, count = samples.shape
+    correlation = torch.corrcoef(samples)  # (k, k)
     error = 6 / math.sqrt(count)
     torch.testing.assert_close(correlation, torch.eye(k), rtol=0, atol=error)
 
@@ -246,15 +246,15 @@ def assert_uncorrelated(lines):
 def test_eps_is_uncorrelated_between(axis):
     layer = ref.adapted_layer(m=100, n=100)
     std = ref.row_std(ref.merged(layer), sigma=0.3)
-    lines = (draws(layer, count=100) / std).movedim(axis, 0)
-    assert_uncorrelated(lines.flatten(1))
+    samples = (draws(layer, count=100) / std).movedim(axis, 0)
+    assert_uncorrelated(samples.flatten(1))
 
 
 def test_eps_is_uncorrelated_between_layers():
     layers = [nn.Linear(100, 100) for _ in range(5)]
     eps = ref.noise_of(inject_lora(nn.Sequential(*layers), targets=".*"))
-    lines = [noise.flatten() for noise in eps.values()]
-    assert_uncorrelated(torch.stack(lines))
+    samples = [noise.flatten() for noise in eps.values()]
+    assert_uncorrelated(torch.stack(samples))
 
 
 @pytest.mark.parametrize("n", [20, 200])

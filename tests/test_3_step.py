@@ -43,7 +43,7 @@ def test_flat_lora_step_is_that_loop_and_returns_the_noisy_loss():
     torch.testing.assert_close(ref.adapters(model), expected)
 
 
-def test_the_loop_takes_a_model_from_peft():
+def test_the_loop_accepts_a_model_from_peft():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0", "2"])
     model = peft.get_peft_model(ref.plain_model(), config)
@@ -55,7 +55,7 @@ def test_the_loop_takes_a_model_from_peft():
     with perturbed(model, sigma=0.3, seed=0):
         ref.loss_fn(model, data).backward()
 
-    with perturbed(ours, sigma=0.3, seed=0):  # the noise of layers with the same names and weights
+    with perturbed(ours, sigma=0.3, seed=0):  # same layer names and weights, so the same noise
         expected = ref.dense_gradients(ours, data)
     torch.testing.assert_close(ref.gradients(model), expected)
     torch.testing.assert_close(ref.loss_fn(model, data), ref.dense_loss(ours, data))  # after the noise
@@ -97,19 +97,19 @@ def test_a_step_runs_the_model_once():
 
 
 @pytest.mark.parametrize("take_step", [ref.flat_step, ref.sam_step])
-def test_micro_batches_take_the_step_of_the_whole_batch(take_step):
+def test_micro_batches_give_the_same_step_as_the_full_batch(take_step):
     model = ref.adapted_model()
     twin = ref.adapted_model()
     data = ref.batch(size=16)
 
-    whole_loss = take_step(model, ref.loss_fn, [data], ref.sgd(model))
+    full_loss = take_step(model, ref.loss_fn, [data], ref.sgd(model))
     parts_loss = take_step(twin, ref.loss_fn, ref.quarters(data), ref.sgd(twin))
 
-    assert parts_loss == pytest.approx(whole_loss)
+    assert parts_loss == pytest.approx(full_loss)
     torch.testing.assert_close(ref.adapters(twin), ref.adapters(model))
 
 
-def test_gradients_left_over_do_not_count():
+def test_leftover_gradients_are_ignored():
     model, data = ref.adapted_model(), ref.batch()
     ref.loss_fn(model, data).backward()
 
@@ -118,7 +118,7 @@ def test_gradients_left_over_do_not_count():
     torch.testing.assert_close(ref.gradients(model), ref.dense_gradients(model, data))
 
 
-def test_clipping_takes_the_norm_over_all_that_trains():
+def test_clipping_uses_the_norm_over_all_trainable_parameters():
     model, data = ref.adapted_model(), ref.batch()
     gradients = ref.dense_gradients(model, data)
     norm = ref.norm_of(gradients)  # 0.4
@@ -134,11 +134,11 @@ def nan(loss):
 
 
 def infinite_slope(loss):
-    return loss + (loss - loss.detach()).sqrt()  # + 0
+    return loss + (loss - loss.detach()).sqrt()  # adds 0, with an infinite gradient
 
 
 @pytest.mark.parametrize(("spoil", "what"), [(nan, "loss"), (infinite_slope, "gradient")])
-def test_what_is_not_finite_is_an_error_before_the_update(spoil, what):
+def test_a_nonfinite_loss_or_gradient_is_an_error_before_the_update(spoil, what):
     model = ref.adapted_model()
     start = ref.adapters(model)
 

@@ -1,4 +1,4 @@
-"""To compare with: sharpness-aware minimisation of A and B, and how much noise raises the loss."""
+"""For comparison: sharpness-aware minimisation of A and B, and how much noise raises the loss."""
 
 import math
 
@@ -24,11 +24,11 @@ def test_sam_takes_the_gradient_at_the_moved_factors():
         p.data += 0.3 * gradient / norm
     second = ref.dense_gradients(moved, data)
 
-    ref.loss_fn(model, ref.batch(seed=2)).backward()  # gradients left over do not count
+    ref.loss_fn(model, ref.batch(seed=2)).backward()  # leftover gradients are ignored
     given = sam_step(model, ref.loss_fn, [data], ref.sgd(model, lr=0.1), rho=0.3)
 
     assert given == pytest.approx(first_loss)
-    expected = [p - 0.1 * gradient for p, gradient in zip(start, second)]  # from where they were
+    expected = [p - 0.1 * gradient for p, gradient in zip(start, second)]  # applied to the original A and B
     torch.testing.assert_close(ref.adapters(model), expected)
 
 
@@ -50,7 +50,7 @@ def test_sam_moves_w_prime_by_equation_3(b_std):  # while B is zero, by G A^T A 
     sam_step(layer, recording_loss_fn, [ref.batch()], ref.sgd(layer, lr=0), rho=0.3)
 
     first, second = seen
-    G = first.grad  # (m, n), the gradient of the loss by W'
+    G = first.grad  # (m, n), the gradient of the loss with respect to W'
     c = 0.3 / ref.norm_of([B.T @ G, G @ A.T])
     linear = B @ B.T @ G + G @ A.T @ A
     quadratic = G @ A.T @ B.T @ G
@@ -73,15 +73,15 @@ def test_sam_puts_the_factors_back_after_ctrl_c():
     ref.assert_same_bits(ref.adapters(model), start)
 
 
-def test_sam_stands_still_where_no_gradient_leads_away():
+def test_sam_does_not_move_if_the_gradient_is_zero():
     model = ref.adapted_model()
     start = ref.adapters(model)
 
-    def level_loss_fn(model, batch):
+    def constant_loss_fn(model, batch):
         x, _ = batch
         return 0 * model[0](x).sum()  # the gradient of the first layer is zero; the second has none
 
-    ref.sam_step(model, level_loss_fn, [ref.batch()], ref.sgd(model))
+    ref.sam_step(model, constant_loss_fn, [ref.batch()], ref.sgd(model))
     ref.assert_same_bits(ref.adapters(model), start)
 
 
@@ -134,13 +134,13 @@ def test_sharpness_is_the_mean_rise_over_batches_and_samples():
     assert not noises[0].any()
 
 
-def test_sharpness_looks_along_the_same_directions_at_each_sigma():
+def test_sharpness_uses_the_same_directions_at_each_sigma():
     _, _, weak = recorded_sharpness(sigma=0.1)
     _, _, strong = recorded_sharpness(sigma=0.3)
     torch.testing.assert_close([3 * eps for eps in weak], strong)
 
 
-def test_sharpness_looks_along_new_directions_in_each_sample_and_none_of_training():
+def test_sharpness_uses_new_directions_for_each_sample_and_none_of_those_in_training():
     directions = [ref.noise_of(ref.adapted_model(), seed=seed)["0"] for seed in (7, (7, 0), (0, 7))]
     for seed in (7, 8):
         _, _, noises = recorded_sharpness(sigma=0.3, seed=seed)

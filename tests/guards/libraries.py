@@ -1,4 +1,4 @@
-"""Libraries that are no requirement of the project."""
+"""Optional libraries, which the project does not require."""
 
 import importlib
 import os
@@ -10,13 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs a network
 
 
 def library(name):
-    """The module. Without it the caller is skipped, except where FLATLORA_ALL_TESTS is set: there it is an error."""
+    """The module. If it is missing, the calling test is skipped or, if FLATLORA_ALL_TESTS is set, fails."""
     if "FLATLORA_ALL_TESTS" in os.environ:
         return importlib.import_module(name)
     return pytest.importorskip(name, reason='needs pip install -e ".[peft]"')
 
 
-# In PyTorch 2.6, compiled models keep W + eps, PEFT's do not compile to one graph, and `fully_shard` needs a GPU.
+# In PyTorch 2.6, compiled models keep W + eps, PEFT models do not compile to one graph, and `fully_shard` needs a GPU.
 needs_torch_27 = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7), reason="needs PyTorch 2.7"
 )

@@ -1,7 +1,7 @@
 """Processes for tests.
 
-To import torch takes seconds, and so does what the first step of an optimizer imports. So each of them is forked from
-one process that has imported these and has done nothing else. Other systems than Linux do not fork such a process well.
+Importing torch takes seconds, and so do the imports of an optimizer's first step. So each process is forked from one
+that has done these imports and nothing else. On systems other than Linux such a fork is not reliable.
 """
 
 import multiprocessing

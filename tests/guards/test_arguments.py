@@ -13,10 +13,10 @@ from flatlora import add_lora, inject_lora, lora_layers, lora_state_dict, pertur
 
 
 def call(model, name, **changed):
-    """The function of that name, with arguments that are right but for the changed ones."""
+    """Call the function of that name with valid arguments, except for the changed ones."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = {"loss_fn": ref.loss_fn, "batches": [ref.batch()], "optimizer": optimizer}
-    right = {
+    valid = {
         "perturbed": {"sigma": 0.1, "seed": 0},
         "flat_lora_step": {**step, "sigma": 0.1, "seed": 0},
         "sam_step": {**step, "rho": 0.1},
@@ -25,7 +25,7 @@ def call(model, name, **changed):
         "lora_state_dict": {},
         "merge_lora": {},
     }
-    result = getattr(flatlora, name)(model, **(right[name] | changed))
+    result = getattr(flatlora, name)(model, **(valid[name] | changed))
     if name == "perturbed":
         result.__enter__()
 
@@ -59,7 +59,7 @@ def test_a_model_without_adapters(name):
 
 @pytest.mark.parametrize("sigma", [0, 0.1])
 @pytest.mark.parametrize("name", ["perturbed", "flat_lora_step", "sharpness"])
-def test_one_noise_at_a_time(name, sigma):
+def test_perturbing_twice_at_once_is_an_error(name, sigma):
     model = ref.adapted_model()
     with perturbed(model, 0.1, 1), pytest.raises(RuntimeError, match="the model is perturbed already"):
         call(model, name, sigma=sigma)
@@ -123,7 +123,7 @@ class Halved(nn.Linear):
 
 
 class ForeignTensor(torch.Tensor):
-    """Of its own class, as the weights of quantised layers are."""
+    """A subclass, like the weights of quantised layers."""
 
 
 def forward_of_the_instance(layer):  # as accelerate does

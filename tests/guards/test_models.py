@@ -1,4 +1,4 @@
-"""Models as people have them: real architectures, compiled, wrapped, copied, checkpointed."""
+"""Models from practice: real architectures, compiled, wrapped, copied, checkpointed."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ from flatlora import inject_lora, lora_parameters, lora_state_dict, perturbed
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_attention_computes_with_w_prime_plus_eps(fused, monkeypatch):
-    """It multiplies by the weight of its out_proj. In evaluation without gradients, the layer is one fused kernel."""
+    """The layer multiplies by the weight of its out_proj. In eval mode without gradients, it is one fused kernel."""
     torch.manual_seed(0)
     plain = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).double().eval()
     model = ref.with_nonzero_B(inject_lora(copy.deepcopy(plain), r=2, targets=".*"))
@@ -47,7 +47,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 20}
 ATTENTION = {"num_attention_heads": 2, "intermediate_size": 24}
 CONVOLUTION = {"conv_dim": (8,), "conv_stride": (4,), "conv_kernel": (8,), "num_feat_extract_layers": 1}
 POSITIONS = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_buckets": 8}
-SETTINGS = {  # of architectures that read some weight, each in its own way
+SETTINGS = {  # of architectures that read a weight directly, each in a different way
     "WavLM": {**SMALL, **ATTENTION, **CONVOLUTION, **POSITIONS},
     "Mamba": {**SMALL, "state_size": 4, "time_step_rank": 3},
     "T5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 20},
@@ -106,7 +106,7 @@ def test_twelve_compiled_steps_with_and_without_noise_are_two_graphs_that_keep_n
     ref.with_nonzero_B(inject_lora(model.double(), r=2, targets=".*"))
     x = torch.randn(5, 24, dtype=torch.float64)
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager_decomp_partition")  # plans as the default compiler what is kept
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")  # keeps the same tensors as the default compiler
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     kept = []
 
@@ -122,17 +122,17 @@ def test_twelve_compiled_steps_with_and_without_noise_are_two_graphs_that_keep_n
         torch.testing.assert_close(given, expected)
     assert counter.frame_count <= 2
 
-    own = {ref.memory_of(p) for p in model.parameters()}
-    own.add(ref.memory_of(flatlora.normal_table(x.dtype, x.device)))
+    own = {ref.storage_address(p) for p in model.parameters()}
+    own.add(ref.storage_address(flatlora.normal_table(x.dtype, x.device)))
     assert kept
-    assert all(tensor.numel() < 96 * 24 or ref.memory_of(tensor) in own for tensor in kept)
+    assert all(tensor.numel() < 96 * 24 or ref.storage_address(tensor) in own for tensor in kept)
 
 
 # ---- Wrapped, copied -----------------------------------------------------------------------------------------
 
 
 class ChildCalledModule(nn.Module):
-    """A model of somebody who calls a child `module`, and another one `_orig_mod`."""
+    """A model whose children have the names `module` and `_orig_mod`, like those that wrappers add."""
 
     def __init__(self):
         super().__init__()
@@ -150,7 +150,7 @@ def compiled_inside(model):
 
 @pytest.fixture
 def one_rank():
-    """A process group of this process alone."""
+    """A process group that contains only this process."""
     distributed = torch.distributed
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
@@ -185,7 +185,7 @@ def pickled(model):
 
 
 @pytest.mark.parametrize("make", [copy.copy, pickled, AveragedModel])
-def test_a_copy_made_inside_the_noise_is_clean(make):
+def test_a_copy_made_inside_perturbed_is_clean(make):
     layer = ref.adapted_layer()
     x = torch.randn(5, 12)
     clean = layer(x)
@@ -207,11 +207,11 @@ def test_four_threads_may_run_one_perturbed_model():
     torch.testing.assert_close(given, expected)
 
 
-# ---- Checkpointed, trained in full ---------------------------------------------------------------------------
+# ---- Checkpointed, fully trained ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_takes_the_gradient_of_the_dense_formula(use_reentrant):
+def test_checkpointing_gives_the_gradient_of_the_dense_formula(use_reentrant):
     model = ref.adapted_model()
     x, y = ref.batch()
     with perturbed(model, 0.3, seed=0):
@@ -221,7 +221,7 @@ def test_checkpointing_takes_the_gradient_of_the_dense_formula(use_reentrant):
     torch.testing.assert_close(ref.gradients(model), expected)
 
 
-def test_a_w_that_trains_gets_its_gradient_at_w_prime_plus_eps():
+def test_the_gradient_of_an_unfrozen_w_is_taken_at_w_prime_plus_eps():
     model, data = ref.adapted_model(), ref.batch()
     model.requires_grad_(True)
     parameters = list(model.parameters())
@@ -239,18 +239,18 @@ def test_no_tensor_of_the_size_of_w_lives_between_forward_and_backward():
     ref.with_nonzero_B(inject_lora(model, r=2, targets=".*"))
     size = 8 * 300 * 500  # bytes of a weight
     flatlora.normal_table(torch.float64, torch.device("cpu"))
-    before = ref.memories(size)
+    before = ref.storage_addresses(size)
 
     with perturbed(model, 0.3, seed=0):
         out = model(torch.randn(5, 300, dtype=torch.float64))
-        assert ref.memories(size) <= before
+        assert ref.storage_addresses(size) <= before
         out.sum().backward()
-        assert ref.memories(size) <= before
+        assert ref.storage_addresses(size) <= before
 
 
 def test_no_gradient_of_x_is_computed_where_x_needs_none(monkeypatch):
     model, data = ref.adapted_model(), ref.batch()
-    model[0].bias.requires_grad_()  # else autograd leaves out the layer
+    model[0].bias.requires_grad_()  # otherwise autograd skips the layer
     real, computed = flatlora.dense, []
 
     def recording_dense(weight, dtype):

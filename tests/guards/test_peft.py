@@ -1,4 +1,4 @@
-"""Noise in models with LoRA from PEFT: on nn.Linear, on GPT-2's Conv1D and on 4 bits, as people train them."""
+"""Noise in models with LoRA from PEFT, on nn.Linear, GPT-2's Conv1D and 4-bit layers, in the usual ways of training."""
 
 import copy
 import pickle
@@ -24,7 +24,7 @@ SEED = (1, 2)
 
 
 def filled(model, part=""):
-    """Every number random, B included, so that none can be left out unnoticed."""
+    """All parameters random, B included, so that leaving one out changes the output."""
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         if part in name:
@@ -50,7 +50,7 @@ def quantised(**settings):
     with tempfile.TemporaryDirectory() as folder:
         llama(attention_bias=True).save_pretrained(folder)
         model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
-    return model.train()  # else bitsandbytes may pack the weights for another kernel
+    return model.train()  # otherwise bitsandbytes may pack the weights for another kernel
 
 
 def adapted(base, **settings):
@@ -60,7 +60,7 @@ def adapted(base, **settings):
 
 
 def with_two_adapters(active):
-    """The second one is of another rank and scaling, and only on some of the layers."""
+    """The second one has another rank and scaling, and is only on some of the layers."""
     model = adapted(llama())
     model.add_adapter("second", peft.LoraConfig(r=5, lora_alpha=5, target_modules=["q_proj"]))
     model.base_model.set_adapter(active)
@@ -102,7 +102,7 @@ def with_adapters_and_noise(W, layer, name, sigma, seed):
 
 
 def dense_call(model, tokens, sigma=0.3, seed=SEED):
-    """The logits of the model without adapters whose weights are W + s B A + eps, all of them plain numbers."""
+    """The logits of the model without adapters whose weights are W + s B A + eps, all dequantised."""
     inner = model.get_base_model()
     plain = type(inner)(inner.config).train(inner.training)
     weights = {}
@@ -122,7 +122,7 @@ def dense_call(model, tokens, sigma=0.3, seed=SEED):
 
 
 def loss_of(logits, tokens):
-    """Of the next token."""
+    """The loss of predicting the next token."""
     logits, targets = logits[:, :-1], tokens[:, 1:]
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -145,7 +145,7 @@ def assert_close_in_norm(given, expected, tolerance):
 
 
 def traces(model):
-    """The class and the attributes of each module: where a noise that is left behind would show."""
+    """The class and the attribute names of each module, which show noise that is left behind."""
     return [(type(module), list(vars(module))) for module in model.modules()]
 
 
@@ -170,7 +170,7 @@ def test_the_model_computes_with_w_prime_plus_eps(make):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_bit_of_a_frozen_weight_is_written(kind):
+def test_frozen_weights_stay_bit_identical(kind):
     model = MODELS[kind]()
     optimizer = ref.sgd(model)
     before = ref.base_bytes(model)
@@ -185,7 +185,7 @@ def test_no_bit_of_a_frozen_weight_is_written(kind):
 def test_nothing_of_the_size_of_w_is_kept_for_the_backward(kind):
     model = MODELS[kind]()
     layer = flatlora.lora_layers(model).popitem()[1]
-    own = {ref.memory_of(p) for p in model.parameters()}
+    own = {ref.storage_address(p) for p in model.parameters()}
     kept = []
 
     def keep(tensor):
@@ -197,7 +197,7 @@ def test_nothing_of_the_size_of_w_is_kept_for_the_backward(kind):
     with perturbed(model, 0.3, SEED), torch.autograd.graph.saved_tensors_hooks(keep, keep):
         layer.layer(x)
     assert kept
-    assert all(tensor.numel() < 16 * n or ref.memory_of(tensor) in own for tensor in kept)
+    assert all(tensor.numel() < 16 * n or ref.storage_address(tensor) in own for tensor in kept)
 
 
 def test_float32_states_before_4_bit_layers_that_compute_in_bfloat16():
@@ -211,7 +211,7 @@ def test_float32_states_before_4_bit_layers_that_compute_in_bfloat16():
     assert_close_in_norm(given, gradients(dense_loss(model, TOKENS), model), 0.1)
 
 
-# ---- As people train them ------------------------------------------------------------------------------------
+# ---- Usual ways of training ----------------------------------------------------------------------------------
 
 
 class FlatTrainer(transformers.Trainer):
@@ -233,7 +233,7 @@ CHECKPOINTING = {
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("kind", KINDS)
-def test_trainer_takes_the_steps_of_the_slow_loop(kind, checkpointing, tmp_path):
+def test_trainer_gives_the_same_steps_as_the_slow_loop(kind, checkpointing, tmp_path):
     model = MODELS[kind]()
     model.enable_input_require_grads()  # for reentrant checkpointing
     twin = copy.deepcopy(model)
@@ -243,7 +243,7 @@ def test_trainer_takes_the_steps_of_the_slow_loop(kind, checkpointing, tmp_path)
     options |= {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
     args = transformers.TrainingArguments(str(tmp_path), **options, **CHECKPOINTING[checkpointing])
     labels = rows.clone()
-    labels[:, 0] = -100  # Trainer divides by their number, and the first token is not predicted
+    labels[:, 0] = -100  # Trainer divides by the number of labels, and the first token is not predicted
     data = [{"input_ids": row, "labels": of_row} for row, of_row in zip(rows, labels)]
     trainer = FlatTrainer(model, args, train_dataset=data)
     trainer.seen = []
@@ -292,7 +292,7 @@ def test_twelve_compiled_steps_with_and_without_noise_are_two_graphs(kind):
     assert counter.frame_count <= 2
 
 
-def test_disable_adapter_inside_the_noise_has_no_noise():
+def test_disable_adapter_inside_perturbed_turns_the_noise_off():
     model = adapted(llama())
     with model.disable_adapter():
         clean = model(TOKENS).logits
@@ -311,7 +311,7 @@ def pickled(model):
 
 @pytest.mark.parametrize("make", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_made_inside_the_noise_is_clean_and_can_be_perturbed_later(kind, make):
+def test_a_copy_made_inside_perturbed_is_clean_and_can_be_perturbed_later(kind, make):
     model = MODELS[kind]()
     clean = model(TOKENS).logits
     with perturbed(model, 0.3, SEED):
@@ -335,7 +335,7 @@ def after(change, model):
 
 
 def repacked():
-    """As bitsandbytes leaves it after an evaluation on some CPUs."""
+    """The state in which bitsandbytes leaves a layer after an evaluation on some CPUs."""
     model = adapted(quantised())
     for layer in flatlora.lora_layers(model).values():
         layer.base.weight.quant_state.packing_format_for_cpu = True
@@ -357,7 +357,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_is_more_than_lora_on_a_linear_layer_is_an_error(words):
+def test_an_adapter_that_is_more_than_lora_on_a_linear_layer_is_an_error(words):
     model = REFUSED[words]()
     before = traces(model)
     with pytest.raises(ValueError, match=words), perturbed(model, 0.3, SEED):
@@ -371,7 +371,7 @@ def test_merging_and_saving_are_left_to_peft(use):
         use(adapted(llama()))
 
 
-def test_one_noise_at_a_time():
+def test_perturbing_twice_at_once_is_an_error():
     model = adapted(llama())
     with pytest.raises(RuntimeError, match="perturbed already"), perturbed(model, 0.1, 0), perturbed(model, 0.1, 1):
         pass

@@ -32,7 +32,7 @@ def half_layer(dtype):
 
 
 def assert_rounded_once(given, exact):
-    """A single rounding is off by half the distance of two neighbours; 1e-6 is for the sum in float32 before it."""
+    """One rounding changes a number by at most half the spacing; 1e-6 allows for the float32 sum before it."""
     spacing = torch.finfo(given.dtype).eps * 2 ** exact.abs().log2().floor()
     error = (given.double() - exact).abs()
     assert (error <= 0.501 * spacing + 1e-6).all()
@@ -54,7 +54,7 @@ def test_weight_and_the_merged_weight_are_rounded_once(dtype, autocast):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_what_the_adapter_adds_is_rounded_once(dtype):
+def test_the_output_of_the_adapter_is_rounded_once(dtype):
     layer = half_layer(dtype)
     nn.init.zeros_(layer.frozen_weight)
     nn.init.zeros_(layer.bias)
@@ -96,13 +96,13 @@ def test_gradients_are_within_the_rounding_of_the_dense_ones(dtype, autocast):
         assert (one - other).norm() < tolerance * other.norm()
 
 
-@pytest.mark.parametrize(("sigma", "share"), [(0.01, 0.82), (0.001, 0.22)])
-def test_in_bfloat16_a_small_sigma_rounds_away_as_the_departures_say(sigma, share):
+@pytest.mark.parametrize(("sigma", "fraction"), [(0.01, 0.82), (0.001, 0.22)])
+def test_in_bfloat16_a_small_sigma_is_partly_rounded_away(sigma, fraction):
     torch.manual_seed(0)
     W = torch.randn(256, 1024).bfloat16()
     noisy = draw_noise(W, sigma, seed=0).added_to(W)
     moved = (noisy != W).double().mean()
-    assert moved == pytest.approx(share, abs=0.02)
+    assert moved == pytest.approx(fraction, abs=0.02)
 
 
 # ---- Autocast ------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_odd_shapes(shape, m):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("device", ref.DEVICES)
-def test_steps_write_no_bit_of_a_million_weights(dtype, device):
+def test_steps_leave_a_million_weights_bit_identical(dtype, device):
     layer = nn.Linear(1024, 1024, device=device, dtype=dtype)
     model = ref.with_nonzero_B(inject_lora(nn.Sequential(layer), r=2, targets=["0"]))
     optimizer = ref.sgd(model, lr=1e-3)
@@ -220,7 +220,7 @@ def test_the_noise_does_not_depend_on_where_it_is_first_drawn(place, device):
         torch.testing.assert_close(eps.cpu(), expected[name])
     assert torch.equal(torch.get_rng_state(), of_torch)
     batches = [ref.batch(device=device)]
-    ref.flat_step(model, ref.loss_fn, batches, ref.sgd(model))  # the table that was made there serves training
+    ref.flat_step(model, ref.loss_fn, batches, ref.sgd(model))  # the table made there can be used in training
 
 
 def test_ctrl_c_while_the_noise_is_drawn_leaves_nothing_behind(monkeypatch):

@@ -56,14 +56,14 @@ def batches_of(step, rank):
     return [ref.batch(seed=100 * step + 10 * rank + i) for i in range(3)]
 
 
-def own_noises(net, rank):
-    """Three steps in which each process has its own eps."""
+def different_noises(net, rank):
+    """Three steps in which each process has a different eps."""
     optimizer = ref.sgd(net)
     for step in range(3):
         flat_lora_step(net, ref.loss_fn, batches_of(step, rank), optimizer, 0.3, (step, rank), max_grad_norm=0.2)
 
 
-def one_noise(net, rank):
+def same_noise(net, rank):
     optimizer = ref.sgd(net)
     for step in range(3):
         flat_lora_step(net, ref.loss_fn, batches_of(step, rank), optimizer, 0.3, step, max_grad_norm=0.2)
@@ -75,7 +75,7 @@ def sam(net, rank):
         sam_step(net, ref.loss_fn, batches_of(step, rank), optimizer, rho=0.1, max_grad_norm=0.2)
 
 
-TRAININGS = [own_noises, one_noise, sam]
+TRAININGS = [different_noises, same_noise, sam]
 
 
 def one_process(rank, folder):
@@ -91,12 +91,12 @@ def one_process(rank, folder):
             if name == "FSDP":
                 torch.save(lora_state_dict(net), f"{folder}/state {rank}.pt")
     torch.distributed.barrier()
-    os._exit(0)  # gloo's threads can abort a Python that ends in order (pytorch/pytorch#179291)
+    os._exit(0)  # gloo's threads can abort a Python that exits normally (pytorch/pytorch#179291)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where two processes have left what they trained."""
+    """The folder in which two processes have saved their results."""
     folder = tmp_path_factory.mktemp("processes")
     processes = [started(one_process, rank, folder) for rank in (0, 1)]
     assert [ended(process) for process in processes] == [0, 0]
@@ -104,7 +104,7 @@ def folder(tmp_path_factory):
 
 
 def expected_end(train):
-    """The end of three steps of one process, on the mean gradient over both noises and all batches."""
+    """A and B after three steps of one process, with the mean gradient over both noises and all batches."""
     model = ref.adapted_model()
     optimizer = ref.sgd(model)
     for step in range(3):
@@ -113,7 +113,7 @@ def expected_end(train):
             continue
         optimizer.zero_grad()
         for rank in (0, 1):
-            with perturbed(model, 0.3, (step, rank) if train is own_noises else step):
+            with perturbed(model, 0.3, (step, rank) if train is different_noises else step):
                 for batch in batches_of(step, rank):
                     (ref.dense_loss(model, batch) / 6).backward()
         nn.utils.clip_grad_norm_(lora_parameters(model), 0.2)
@@ -123,7 +123,7 @@ def expected_end(train):
 
 @pytest.mark.parametrize("train", TRAININGS)
 @pytest.mark.parametrize("name", MODELS)
-def test_two_processes_take_the_steps_of_one(folder, name, train):
+def test_two_processes_give_the_same_steps_as_one(folder, name, train):
     if "PEFT" in name:
         library("peft")
     start, expected = ref.adapters(ref.adapted_model()), expected_end(train)

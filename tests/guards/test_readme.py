@@ -1,4 +1,4 @@
-"""The front page: its size, its links, the tests and figures that it names, and its code, which runs as it stands."""
+"""The front page: its size and links, the tests and figures that it names, and its code, which runs unchanged."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def section(title):
 
 
 def after_the_diff(diff):
-    """The code of a diff: the lines that are new or stay."""
+    """The code after a diff: its added and unchanged lines."""
     lines = [line[1:] for line in diff.splitlines(keepends=True) if not line.startswith("-")]
     return "".join(lines)
 
@@ -55,7 +55,7 @@ def test_each_measured_number_stands_in_the_evidence():
         assert number in EVIDENCE, number
 
 
-def test_what_it_names_exists():
+def test_named_functions_and_options_exist():
     for name in re.findall(r"`(\w+)`", section("The method beside the code")):
         assert hasattr(flatlora, name), name
     source = (ROOT / "train_gpt2.py").read_text("utf-8")
@@ -128,8 +128,8 @@ def test_the_loop_for_a_peft_model_trains(libraries):
     assert scope["model"](**batch).loss < before
 
 
-def test_the_loop_for_accelerate_takes_the_step_of_the_whole_batch(libraries):
-    """Two micro-batches in a step, against a step by hand; the noise is that of the optimizer step."""
+def test_the_loop_for_accelerate_gives_the_same_step_as_the_full_batch(libraries):
+    """Compared with one step by hand. Both micro-batches see the noise of their optimizer step."""
     transformers, _ = libraries
     import accelerate
 
@@ -158,15 +158,15 @@ def test_the_loop_for_accelerate_takes_the_step_of_the_whole_batch(libraries):
         torch.testing.assert_close(given, expected)
 
 
-def test_the_program_for_the_trainer_runs_as_it_stands(libraries, monkeypatch):
+def test_the_program_for_the_trainer_runs_unchanged(libraries, monkeypatch):
     transformers, peft = libraries
     strengths = []
 
     def recorded(model, sigma, seed):
         strengths.append(sigma)
-        return own(model, sigma, seed)
+        return original(model, sigma, seed)
 
-    own = flatlora.perturbed
+    original = flatlora.perturbed
     monkeypatch.setattr(flatlora, "perturbed", recorded)
     scope = {"__name__": "program"}
     torch.manual_seed(0)
@@ -193,9 +193,9 @@ def test_the_trainers_micro_batches_share_one_noise(libraries, monkeypatch):
 
     def recorded(merged, sigma, seed, name):
         drawn.append((seed, name))
-        return own(merged, sigma, seed, name)
+        return original(merged, sigma, seed, name)
 
-    own = flatlora.draw_noise
+    original = flatlora.draw_noise
     monkeypatch.setattr(flatlora, "draw_noise", recorded)
     model = flatlora.inject_lora(tiny_llama(transformers), targets=["q_proj"])
     data = [{"input_ids": torch.arange(i, i + 5), "labels": torch.arange(i, i + 5)} for i in range(12)]

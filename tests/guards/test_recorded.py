@@ -1,4 +1,4 @@
-"""The noise and the steps are those of version 0.2, number for number, so that what was measured with it stays valid.
+"""The noise and the steps are those of version 0.2, number for number, so that measurements made with it stay valid.
 
 recorded.json was written by commit 35c0266, from `noise_numbers` and `step_numbers` below.
 """
@@ -20,20 +20,20 @@ DTYPES = ["float64", "float32", "bfloat16", "float16"]
 
 
 def wave(*shape, phase=0.0):
-    """Numbers between -1 and 1, without a generator."""
+    """Numbers between -1 and 1, made without a random generator."""
     count = math.prod(shape)
     return torch.sin(phase + torch.arange(count, dtype=torch.float64)).reshape(shape)
 
 
 def noise_numbers(shape, dtype, seed):
-    """The first and last two entries of eps and its length."""
+    """The first and last two entries of eps and its norm."""
     weight = wave(*shape).to(getattr(torch, dtype))
     eps = draw_noise(weight, 0.3, seed, "h.0.q_proj").added_to(torch.zeros_like(weight)).double()
     return [*eps.flatten()[:2].tolist(), *eps.flatten()[-2:].tolist(), eps.norm().item()]
 
 
 def step_numbers(method):
-    """The losses of ten steps and, after them, the length of all that trains."""
+    """The losses of ten steps, then the sum of the norms of all trainable parameters."""
     model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4, bias=False)).double()
     for i, p in enumerate(model.parameters()):
         p.data = 0.5 * wave(*p.shape, phase=i)

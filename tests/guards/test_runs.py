@@ -1,4 +1,4 @@
-"""Runs of train_gpt2.py are those of a slow loop, also if they are killed, repeated, or split over two ranks."""
+"""Runs of train_gpt2.py equal those of a slow loop, also after a kill, when repeated, or with two processes."""
 
 import importlib
 import itertools
@@ -22,11 +22,11 @@ from running import TINY, ending, only, results, run
 import flatlora
 import train_gpt2
 
-METHODS = ["lora", "flat", "sam"]
-# Strong settings, so that each counts: gradients are longer than 1, and noise and dropout change the loss.
+METHODS = train_gpt2.METHODS
+# Strong settings, so that each has an effect: gradient norms are above 1, and noise and dropout change the loss.
 STRONG = ["--alpha=400", "--sigma=2", "--rho=0.5", "--lora-dropout=0.3", "--grad-accum=2", "--steps=5", "--seeds=2"]
 LONG = [*TINY, *METHODS, *STRONG, "--text", "one", "two", "--ood", "three"]
-ALL = 2 + 5 * 3 * 2  # steps of LONG, the first two of them pre-training
+ALL = 10 + 5 * 3 * 2  # steps of LONG, the first ten of them pre-training
 
 BYTES = np.random.default_rng(0).integers(97, 123, (3, 600), np.uint8)
 TRAIN, VAL, TEST = (torch.tensor(part).flatten().long() for part in np.split(BYTES[:2], [360, 480], axis=1))
@@ -39,9 +39,9 @@ def write_texts(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A folder with the texts and what LONG leaves when nothing disturbs it."""
-    folder = tmp_path_factory.mktemp("whole")
+def finished(tmp_path_factory):
+    """A folder with the texts and the output of an uninterrupted run of LONG."""
+    folder = tmp_path_factory.mktemp("finished")
     write_texts(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -50,15 +50,15 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def again(whole, tmp_path, monkeypatch):
-    """The files of a copy of it, which is the current folder."""
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+def earlier(finished, tmp_path, monkeypatch):
+    """Change to a copy of this folder. Returns the contents of its output files."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return contents()
 
 
-def contents():
-    return {path.name: path.read_bytes() for path in Path("out").iterdir()}
+def contents(folder="out"):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 # ---- The slow loop -------------------------------------------------------------------------------------------
@@ -73,11 +73,13 @@ def loss_fn(model, batch):
 
 
 def slow_run(model, method, data, seed, steps=5, peak=0.05, micro_batches=2, ranks=(0,)):
-    """What `train` does, as plainly as it can be said."""
+    """What `train` does, as plainly as possible."""
     parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = train_gpt2.learning_rate(step, steps, peak)
+        warmup = steps // 10  # the first of ten steps, none of five
+        rate = 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+        optimizer.param_groups[0]["lr"] = peak * rate if step >= warmup else peak / 2
         sigma = 2 * (1 - math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
         for rank in ranks:
@@ -100,7 +102,7 @@ def slow_run(model, method, data, seed, steps=5, peak=0.05, micro_batches=2, ran
 
 
 def base_of(folder):
-    """Loaded as the docstring of the script says, and so is `load_run`."""
+    """Loaded as the docstring of the script says."""
     model = train_gpt2.GPT(train_gpt2.GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=16))
     model.load_state_dict(load_run(folder, "base", 0))
     return model
@@ -122,37 +124,33 @@ def assert_near(model, state):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_is_that_of_the_slow_loop(method, seed, whole):
-    """Texts, initial adapters, windows, dropout, noise, clipping and each option: another one gives other weights."""
-    model = slow_run(adapted(whole, seed), method, TRAIN, seed)
-    assert_near(model, load_run(whole, method, seed))
+def test_a_run_is_that_of_the_slow_loop(method, seed, finished):
+    """The weights depend on texts, initial adapters, windows, dropout, noise, clipping and each option."""
+    model = slow_run(adapted(finished, seed), method, TRAIN, seed)
+    assert_near(model, load_run(finished, method, seed))
 
 
-def test_the_base_is_trained_in_full_and_never_written_again(whole):
+def test_the_base_is_fully_trained_and_not_changed_later(finished):
     torch.manual_seed(0)
     model = train_gpt2.GPT(train_gpt2.GPTConfig(1, 1, 16, 16))
     text = "\n\n".join(train_gpt2.topics[key] for key in sorted(train_gpt2.topics))
-    slow_run(model, "base", torch.tensor(list(text.encode())), 0, steps=2, peak=3e-3, micro_batches=1)
-    torch.testing.assert_close(model.state_dict(), load_run(whole, "base", 0))
+    slow_run(model, "base", torch.tensor(list(text.encode())), 0, steps=10, peak=3e-3, micro_batches=1)
+    torch.testing.assert_close(model.state_dict(), load_run(finished, "base", 0))
 
 
-def test_each_result_is_that_of_its_run(whole):
-    of_base, *others = results(whole / "out")["runs"]
-    check_losses(base_of(whole), of_base)
-    order = [(found["method"], found["seed"]) for found in others]
-    assert order == [(method, seed) for seed in (0, 1) for method in METHODS]
-    for found in others:
-        model = adapted(whole, 5).eval()
-        flatlora.load_lora_state_dict(model, load_run(whole, found["method"], found["seed"]))
-        check_losses(model, found)
-        sharp = flatlora.sharpness(model, loss_fn, evenly(TRAIN), sigma=0.1, samples=4, seed=0)
-        assert found["sharpness"] == pytest.approx(sharp, abs=1e-6)
-
-
-def check_losses(model, found):
-    for name, data in {"val": VAL, "test": TEST, "ood": OOD}.items():
-        losses = [loss_fn(model, batch).item() for batch in evenly(data)]
-        assert found[f"{name}_loss"] == pytest.approx(np.mean(losses), abs=1e-6)
+def test_each_result_is_that_of_its_run(finished):
+    runs = [("base", 0), *((method, seed) for seed in (0, 1) for method in METHODS)]
+    for found, (method, seed) in zip(results(finished / "out")["runs"], runs, strict=True):
+        assert (found["method"], found["seed"]) == (method, seed)
+        model = base_of(finished)
+        if method != "base":
+            model = adapted(finished, 5).eval()
+            flatlora.load_lora_state_dict(model, load_run(finished, method, seed))
+            sharp = flatlora.sharpness(model, loss_fn, evenly(TRAIN), sigma=0.1, samples=4, seed=0)
+            assert found["sharpness"] == pytest.approx(sharp, abs=1e-6)
+        for name, data in {"val": VAL, "test": TEST, "ood": OOD}.items():
+            losses = [loss_fn(model, batch).item() for batch in evenly(data)]
+            assert found[f"{name}_loss"] == pytest.approx(np.mean(losses), abs=1e-6)
 
 
 def evenly(data):
@@ -162,7 +160,7 @@ def evenly(data):
     return [windows(data, starts[i : i + 2]) for i in range(0, len(starts) - 1, 2)]
 
 
-def test_all_models_share_the_weights_of_the_base(again, monkeypatch):
+def test_all_models_share_the_weights_of_the_base(earlier, monkeypatch):
     models = []
     monkeypatch.setattr(train_gpt2, "train", lambda model, *_: models.append(model))
     run("out", *LONG)
@@ -174,7 +172,7 @@ def test_all_models_share_the_weights_of_the_base(again, monkeypatch):
 
 # ---- Processes -----------------------------------------------------------------------------------------------
 def start(folder, words, environment, killed_at=None):
-    """The script, which saves after each step, and may be killed in the middle of a write."""
+    """Run the script. It saves after each step, and may be killed in the middle of a write."""
     os.chdir(folder)
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
     sys.argv = ["train_gpt2.py", *words]
@@ -199,7 +197,7 @@ def test_a_rank_counts_only_if_there_are_several(tmp_path):
     assert len(results(tmp_path / "out")["runs"]) == 2
 
 
-def test_two_ranks_are_one_process_with_both_noises_and_batches(tmp_path):
+def test_two_processes_equal_one_with_both_noises_and_batches(tmp_path):
     write_texts(tmp_path)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -213,28 +211,27 @@ def test_two_ranks_are_one_process_with_both_noises_and_batches(tmp_path):
         assert_near(model, load_run(tmp_path, method, 0))
 
 
+KILLS = {5: "4 of 10", 20: "4 of 5", ALL + 1: "5 of 5"}  # in the pre-training, in a run, at the results
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("killed_at", [5, 20, ALL + 1])  # the last is the write of the results
-def test_killed_and_resumed_equals_uninterrupted(killed_at, whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("killed_at", KILLS)
+def test_killed_and_resumed_equals_uninterrupted(killed_at, finished, tmp_path, monkeypatch, capsys):
     write_texts(tmp_path)
     assert ended(started(start, tmp_path, LONG, {}, killed_at)) == -signal.SIGKILL
     monkeypatch.chdir(tmp_path)
     only("out", ".writing-*").unlink()
     assert not list(Path("out").glob("results-*"))
-    assert run("out", *LONG) == ALL - (killed_at - 1)  # no step is taken twice
-    said = capsys.readouterr().err
-    assert "is reused: 2 of 2 steps" in said
-    partly = (killed_at - 3) % 5
-    assert (f"is reused: {partly} of 5 steps" in said) == (partly > 0)
-
-    expected = whole / "out"
+    assert run("out", *LONG) == ALL - (killed_at - 1)  # no step is done twice
+    assert f": {KILLS[killed_at]} steps are done" in capsys.readouterr().err
+    expected = finished / "out"
     assert results("out") == results(expected)
-    assert contents().keys() == {path.name for path in expected.iterdir()}
+    assert contents().keys() == contents(expected).keys()
     for path in expected.glob("*.pt"):
         torch.testing.assert_close(torch.load(Path("out", path.name)), torch.load(path), rtol=0, atol=0)
 
 
-# ---- What is trained again -----------------------------------------------------------------------------------
+# ---- Changes that train again --------------------------------------------------------------------------------
 STEPS = {"--seeds=3": 3 * 5, "--methods sam": 0, "--eval-windows=3": 0, "--ood one": 0, "--sigma=1": 2 * 5}
 STEPS |= {"--rho=1": 2 * 5, "--steps=4": 6 * 4, "--pretrain-steps=3": 3 + 6 * 5}
 STEPS |= dict.fromkeys(["--lr=1", "--r=3", "--alpha=1", "--lora-dropout=0", "--grad-accum=1"], 6 * 5)
@@ -242,11 +239,11 @@ STEPS |= dict.fromkeys(["--batch-size=3", "--dtype=bfloat16"], ALL)
 
 
 @pytest.mark.parametrize("words", STEPS)
-def test_what_shapes_a_run_trains_it_again(words, again):
+def test_a_changed_training_option_trains_again(words, earlier):
     assert run("out", *LONG, *words.split()) == STEPS[words]
     after = contents()
-    assert again.items() <= after.items()  # nothing is overwritten
-    assert any(name.startswith("results-") for name in after.keys() - again.keys())
+    assert earlier.items() <= after.items()  # nothing is overwritten
+    assert any(name.startswith("results-") for name in after.keys() - earlier.keys())
 
 
 def test_one_character_anywhere_is_another_text(monkeypatch, tmp_path):
@@ -257,20 +254,20 @@ def test_one_character_anywhere_is_another_text(monkeypatch, tmp_path):
         text[place] ^= 1
         Path("text").write_bytes(text)
         steps.append(run("out", *TINY, "lora", "--text", "text"))
-    assert steps == [2 + 3, 3, 3, 3]
+    assert steps == [10 + 3, 3, 3, 3]
 
 
 def test_changed_code_trains_again(monkeypatch, tmp_path):
-    """Runs of copies of both files, of which first neither is edited, then one, then the other."""
+    """Run copies of both files three times: unedited, after editing one, and after editing both."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *TINY, "lora"])
     for module in (train_gpt2, flatlora):
         shutil.copy(module.__file__, tmp_path)
     runs = []
-    for edited in ("", "train_gpt2.py", "flatlora.py"):
-        if edited:
-            Path(edited).write_text(Path(edited).read_text("utf-8") + "\n# edited\n", "utf-8")
+    for edited in ("another.py", "train_gpt2.py", "flatlora.py"):
+        with open(edited, "a") as file:
+            file.write("\n# edited\n")
         monkeypatch.delitem(sys.modules, "flatlora")
         runpy.run_path("train_gpt2.py", run_name="__main__")
         runs.append(len(list(Path("out").glob("lora-0-*.pt"))))
@@ -278,8 +275,8 @@ def test_changed_code_trains_again(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limits on a process")
-@pytest.mark.parametrize("change", ["--sigma=1", "--eval-windows=3"])  # a run is written first, and results
-def test_a_full_disk_loses_no_earlier_result(change, again):
+@pytest.mark.parametrize("change", ["--sigma=1", "--eval-windows=3"])  # fails at a run, at the results
+def test_a_full_disk_loses_no_earlier_result(change, earlier):
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -288,4 +285,4 @@ def test_a_full_disk_loses_no_earlier_result(change, again):
         assert ending("out", *LONG, change).endswith("File too large")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert contents() == again
+    assert contents() == earlier

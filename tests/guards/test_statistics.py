@@ -29,7 +29,7 @@ DIRECTIONS = {
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS)
-def test_second_moments_along_a_direction_of_one_row_and_of_all_together(direction):
+def test_second_moments_along_a_direction_of_one_row_and_of_all_rows(direction):
     eps = torch.stack(list(draws(256, 192, count=200)))
     along = eps @ (direction / direction.norm())  # (200, 256)
     assert_mean(along.square(), 1, 0.05)
@@ -67,7 +67,7 @@ def test_the_end_of_the_table_is_followed_by_its_beginning():
     assert torch.equal(table[: 2**22], table[2**22 :])
 
 
-def test_signs_are_fair_and_follow_neither_one_another_nor_the_normals(noises):
+def test_signs_are_fair_and_independent_of_one_another_and_of_the_normals(noises):
     signs = torch.cat([noise.scale.sign().T for noise in noises])  # (2000, 8)
     normals = torch.stack([noise.normals[0, :8] for noise in noises])  # (2000, 8)
     error = 5 / math.sqrt(8 * 2000)
@@ -77,7 +77,7 @@ def test_signs_are_fair_and_follow_neither_one_another_nor_the_normals(noises):
 
 
 @pytest.mark.parametrize(("m", "n"), [(2, 2**20), (2, 2**22), (2**19, 1)])
-def test_the_windows_of_the_largest_layers_lie_in_the_table(m, n):
+def test_the_windows_of_the_largest_layers_are_inside_the_table(m, n):
     ones = torch.ones(1, 1).expand(m, n)
     for seed in range(50):
         normals = draw_noise(ones, 1.0, seed).normals
