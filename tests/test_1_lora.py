@@ -135,9 +135,12 @@ def test_targets_name_layers(targets, names):
 
 
 NO_TARGETS = [
-    (["attn", "atn"], "'atn' fits the name of no layer"),  # a typo
-    ([".attn"], "the name of no layer"),  # a dot in a list is literal; as a regular expression it would match h.0.xattn
-    ("attn", "the name of no layer"),  # an expression must match the full name
+    (["attn", "atn"], "'atn' cannot be used: no layer has this name"),  # a typo
+    (
+        [".attn"],
+        "no layer has this name",
+    ),  # a dot in a list is literal; as a regular expression it would match h.0.xattn
+    ("attn", "no layer has this name"),  # an expression must match the full name
     (["attn", "wte"], "wte is of type Embedding, not nn.Linear"),
     (["head"], "head shares its weight with another layer"),
 ]
@@ -212,7 +215,7 @@ def test_a_later_injection_keeps_trainable_parameters():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_training_in_half_precision_is_an_error(dtype):  # most updates would be rounded away
     model = ref.adapted_model().to(dtype)
-    with pytest.raises(ValueError, match="what trains must be float32"):
+    with pytest.raises(ValueError, match="trainable parameters must be float32"):
         lora_parameters(model)
 
 

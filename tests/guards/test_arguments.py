@@ -81,7 +81,7 @@ def test_a_state_that_does_not_fit_changes_nothing(name):
     state = lora_state_dict(model)
     state["0.lora_A"] += 1
     state[name] = torch.ones(3)
-    with pytest.raises(ValueError, match=f"{name} is missing, not in the model or of another shape"):
+    with pytest.raises(ValueError, match=f"{name} is missing from the state, not in the model or of a different shape"):
         flatlora.load_lora_state_dict(model, state)
     ref.assert_same_bits(ref.adapters(model), start)
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_the_model_without_adapters_loads():
 def test_two_names_that_are_equal_without_wrappers():
     model = inject_lora(nn.ModuleDict({"module": nn.Linear(3, 3)}), targets=["module"])
     model.add_module("_orig_mod", add_lora(nn.Linear(3, 3)))
-    with pytest.raises(ValueError, match="two parts of the model are called '', apart from the names of wrappers"):
+    with pytest.raises(ValueError, match="two parts of the model are called '' without the names of wrappers"):
         lora_layers(model)
 
 
@@ -140,7 +140,7 @@ def weight_of_another_class(layer):
 
 CHANGES = [
     (forward_of_the_class, "is of type Halved, not nn.Linear"),
-    (forward_of_the_instance, "has a forward of its own"),
+    (forward_of_the_instance, "has its own forward"),
     (weight_of_another_class, "a weight that is not a plain parameter"),
     (nn.utils.parametrizations.weight_norm, "a weight that is not a plain parameter"),
 ]
