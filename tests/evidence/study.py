@@ -129,15 +129,16 @@ def rows_of_strengths(
     return rows
 
 
-def tuned(name: str, badness: Callable[[Line], Any]) -> dict[str, Setting]:
-    """Of each method the setting with the least mean badness over all seeds of tuning; of equal ones the first.
+def tuned(name: str, score: Callable[[Line], tuple[float, ...]]) -> dict[str, Setting]:
+    """Of each method the setting with the lowest mean score over the seeds of tuning; of equal ones the first.
 
-    Nothing, before all rows and seeds of the tuning have run.
+    Empty until all rows and seeds of the tuning have run.
     """
     rows = STUDIES[name].rows()
-    found: dict[str, list[Any]] = {row: [] for row in rows}
-    for line in read_runs(name):
-        found[line["row"]].append(badness(line))
+    found: dict[str, list[tuple[float, ...]]] = {row: [] for row in rows}
+    last = {(line["row"], line["seed"]): line for line in read_runs(name)}
+    for (row, _), line in last.items():
+        found[row].append(score(line))
     if any(len(values) < len(STUDIES[name].seeds) for values in found.values()):
         return {}
 
@@ -204,7 +205,7 @@ def task_of(name: str) -> str:
 
 @functools.cache
 def code(name: str) -> str:
-    """Tells versions of the code behind a study apart: three files, and what these use of the scripts."""
+    """A fingerprint of the code behind a study: three files, and what they use of the scripts."""
     task = task_of(name)
     files = [ROOT / "flatlora.py", HERE / "training.py", HERE / f"{task}.py"]
     used = [*training.USED, *getattr(importlib.import_module(task), "USED", [])]
@@ -220,7 +221,7 @@ def read_runs(name: str) -> list[Line]:
 
 
 def changed(setting: Any) -> dict[str, Any]:
-    """What a setting says beside the defaults, and its learning rate."""
+    """The learning rate of a setting, and what differs from the defaults."""
     return {key: value for key, value in asdict(setting).items() if value != getattr(type(setting), key, None)}
 
 
@@ -240,7 +241,7 @@ def work(job: tuple[str, str, Any, int]) -> Line:
 
 
 def perform(name: str, seeds: Sequence[int], only: list[str], workers: int) -> None:
-    """Do the runs that are not there yet, all rows of a seed after each other."""
+    """Do the runs that are missing, seed by seed."""
     rows = STUDIES[name].rows()
     unknown = set(only) - rows.keys()
     if unknown:
