@@ -24,7 +24,7 @@ BLOCK = 64  # tokens, which are bytes, per window
 PRETRAINING = 600  # steps, of 16 windows
 STEPS = 200  # of 8 windows
 MODEL = [train_gpt2.GPT, train_gpt2.Block, train_gpt2.CausalSelfAttention, train_gpt2.MLP]
-USED = [*MODEL, train_gpt2.package_sources, train_gpt2.split]  # of the script
+USED = [*MODEL, train_gpt2.package_sources, train_gpt2.split, train_gpt2.get_batch]  # of the script
 
 
 class Packages:
@@ -114,9 +114,7 @@ def package(name: str) -> dict[str, Tensor]:
 
 
 def windows_at(data: Tensor, starts: Tensor) -> Batch:
-    """Inputs and next-byte targets from the given starts: (B, T), (B, T)."""
-    window = data[starts[:, None] + torch.arange(BLOCK + 1)].long()  # (B, T + 1)
-    return window[:, :-1], window[:, 1:]
+    return train_gpt2.get_batch(data, starts.numpy(), BLOCK, torch.device("cpu"))
 
 
 def windows_of(data: Tensor, limit: int) -> list[Batch]:

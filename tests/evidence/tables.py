@@ -151,7 +151,7 @@ def rows_table(results: Results, columns: Sequence[Column], *parts: Part) -> str
                     label += ": " + ", ".join(f"{key} {value:g}" for key, value in changed(settings[row]).items())
                 body.append([name, label, *cells])
     if not body:
-        return "Not measured yet."
+        return "Not tested yet."
     head = ["study", "change against the first row", *(title for title, _, _ in columns), "n"]
     return markdown(head, body, words=2) + warnings(results, *(name for name, _, _ in parts))
 
@@ -171,6 +171,8 @@ def cells_of(runs: Runs, row: str, base: str, columns: Sequence[Column]) -> list
 
 def tuning_table(results: Results, name: str, metric: str, digits: int) -> str:
     """The mean of each setting over the seeds of tuning: a column per learning rate."""
+    if not results[name]:
+        return "Not tested yet."
     means: dict[str, dict[str, str]] = {}
     for row, setting in STUDIES[name].rows().items():
         rate = f"{setting.lr:g}"
@@ -252,7 +254,7 @@ def front() -> Tables:
 def blocks() -> Tables:
     """The tables of README.md here: between `<!-- table NAME -->` and `<!-- end -->`."""
     table = functools.partial
-    shown = r"sigma|SAM.*(0.15|0.05|0.015)$|dropout 0.3|trained|constant, sigma 0.3|one std per matrix, sigma 0.3"
+    shown = r"sigma 0.(05|1|3|6)$|SAM.*0.(05|015)$|dropout 0.3|trained|constant, sigma 0.3|one std.*0.3"
     return {
         "claims": table(claims_table, claims=CLAIMS),
         "later claims": table(claims_table, claims=LATER),
