@@ -190,10 +190,8 @@ def tuning_table(results: Results, name: str, metric: str, digits: int) -> str:
 def variance_table(results: Results) -> str:
     body = []
     for row in STUDIES["variance"].rows():
-        values = contrast(results["variance"], [(1, row, "growth")])
-        if len(values) > 1:
-            one = estimate(values)
-            body.append([row, f"{one.mean:.3f} ±{one.half:.3f}", str(len(values))])
+        one = estimate(contrast(results["variance"], [(1, row, "growth")]))
+        body.append([row, f"{one.mean:.3f} ±{one.half:.3f}", str(one.n)])
     return markdown(["inputs", "growth of the variance / sigma^2", "n"], body) + warnings(results, "variance")
 
 
