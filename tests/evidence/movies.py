@@ -57,9 +57,9 @@ class Movies:
         other_half: bool = False,
         brief: bool = False,
     ) -> None:
-        """`other_half`: the test is that half of the snippets to which no typos were made before, with fresh typos.
+        """`other_half`: the test is the half of the snippets that has no typos otherwise, with fresh typos.
 
-        `brief`: without the tests in other domains, under fewer typos and after rounding, which take half of the time.
+        `brief`: without other domains, fewer typos and rounding, whose measurement takes half of the time.
         """
         self.snippets = snippets
         self.steps = steps
@@ -85,9 +85,11 @@ class Movies:
 
     def adapted(self, seed: int, setting: Setting) -> nn.Module:
         encoder = copy.deepcopy(self.encoder, {id(p): p for p in self.encoder.parameters()})
-        targets = ["query", "key", "value", "dense"]
         model = Classifier(encoder)
-        return flatlora.inject_lora(model, setting.r or 8, 16, setting.dropout, targets, modules_to_save=["head"])
+        targets = ["query", "key", "value", "dense"]
+        flatlora.inject_lora(model, setting.r or 8, 16, setting.dropout, targets=targets)
+        model.head.requires_grad_()
+        return model
 
     def data(self, seed: int, tuning: bool) -> Data:
         rng = np.random.default_rng([seed, tuning])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import importlib
 import inspect
 import os
@@ -16,7 +15,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import OUT, Batch, Data, Setting, flatlora, train_gpt2
+from training import OUT, Batch, Data, Setting, fingerprint, flatlora, train_gpt2
 
 NAMES = ("asyncio", "unittest", "multiprocessing", "importlib", "http")
 NAMES += ("urllib", "logging", "json", "wsgiref", "concurrent.futures")
@@ -24,6 +23,8 @@ TUNING_NAMES = ("email", "xml.dom")
 BLOCK = 64  # tokens, which are bytes, per window
 PRETRAINING = 600  # steps, of 16 windows
 STEPS = 200  # of 8 windows
+MODEL = [train_gpt2.GPT, train_gpt2.Block, train_gpt2.CausalSelfAttention, train_gpt2.MLP]
+USED = [*MODEL, train_gpt2.package_sources, train_gpt2.split, train_gpt2.get_batch]  # of the script
 
 
 class Packages:
@@ -35,7 +36,7 @@ class Packages:
     def adapted(self, seed: int, setting: Setting) -> nn.Module:
         base = trained_base(self.first_base + seed)
         model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-        return flatlora.inject_lora(model, setting.r or 16, 32, setting.dropout, train_gpt2.TARGETS)
+        return flatlora.inject_lora(model, setting.r or 16, 32, setting.dropout, targets=train_gpt2.TARGETS)
 
     def data(self, seed: int, tuning: bool) -> Data:
         names = TUNING_NAMES if tuning else NAMES
@@ -60,8 +61,8 @@ class Packages:
 @functools.lru_cache(maxsize=2)
 def trained_base(seed: int) -> nn.Module:
     """A GPT-2 of 0.8 million weights, with initial weights and windows of its own."""
-    source = inspect.getsource(pretrain) + inspect.getsource(train_gpt2.GPT) + inspect.getsource(train_gpt2.Block)
-    path = OUT / f"base-{seed}-{hashlib.sha256(source.encode()).hexdigest()[:8]}.pt"
+    code = fingerprint(map(inspect.getsource, [pretrain, train_gpt2.learning_rate, *MODEL]))
+    path = OUT / f"base-{seed}-{code}.pt"
     torch.manual_seed(seed)
     model = train_gpt2.GPT(train_gpt2.GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=BLOCK))
     if path.exists():
@@ -113,7 +114,7 @@ def package(name: str) -> dict[str, Tensor]:
 
 
 def windows_at(data: Tensor, starts: Tensor) -> Batch:
-    return train_gpt2.windows(data, starts, BLOCK, torch.device("cpu"))
+    return train_gpt2.get_batch(data, starts.numpy(), BLOCK, torch.device("cpu"))
 
 
 def windows_of(data: Tensor, limit: int) -> list[Batch]:

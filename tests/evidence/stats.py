@@ -1,10 +1,8 @@
-"""Intervals and Holm's correction: what the tables of the studies are computed with."""
+"""Intervals and Holm's correction: what the tables of the studies are computed with. Needs scipy."""
 
 from __future__ import annotations
 
-import functools
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,99 +11,71 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its interval, the runs behind it, and the two-sided p value of "the true mean is 0"."""
+    """A mean, half of its interval, the runs behind it, and the two-sided p value of "the true mean is 0"."""
 
     mean: float
-    low: float
-    high: float
+    half: float
     n: int
     p: float
 
     @property
-    def half(self) -> float:
-        return (self.high - self.low) / 2
+    def low(self) -> float:
+        return self.mean - self.half
 
-
-def p_value(t: float, df: int) -> float:
-    """P(|T| > |t|) of Student's t with `df` degrees of freedom.
-
-    By the finite series for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4), with
-    tan(angle) = |t| / sqrt(df).
-    """
-    angle = math.atan(abs(t) / math.sqrt(df))
-    cosine = math.cos(angle)
-    total = 0.0
-    if df % 2:
-        term = cosine
-        for k in range(1, df - 1, 2):
-            total += term
-            term *= cosine**2 * (k + 1) / (k + 2)
-        inside = 2 / math.pi * (angle + math.sin(angle) * total)
-    else:
-        term = 1.0
-        for k in range(0, df - 1, 2):
-            total += term
-            term *= cosine**2 * (k + 1) / (k + 2)
-        inside = math.sin(angle) * total
-    return max(0.0, 1 - inside)
-
-
-@functools.cache
-def t_quantile(level: float, df: int) -> float:
-    """The t with P(|T| > t) = level, by bisection: level 0.05 gives the factor of a 95 % interval."""
-    low = 0.0
-    high = 1.0
-    while p_value(high, df) > level:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        if p_value(middle, df) > level:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def by_t(values: Sequence[float], level: float = 0.05) -> Estimate:
-    """Student's interval, which misses the true mean in a share `level` of all studies. ValueError below two values."""
-    n = len(values)
-    if n < 2:
-        raise ValueError(f"an interval needs at least two values, got {n}")
-    mean = statistics.fmean(values)
-    error = statistics.stdev(values) / math.sqrt(n)
-    if error == 0:
-        return Estimate(mean, mean, mean, n, float(mean == 0))
-    half = t_quantile(level, n - 1) * error
-    return Estimate(mean, mean - half, mean + half, n, p_value(mean / error, n - 1))
-
-
-@functools.cache
-def drawn_again(n: int, draws: int, seed: int) -> np.ndarray:
-    """How often each of n things is among n drawn with replacement, as shares: (draws, n)."""
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
-    return (counts / n).astype(np.float32)
-
-
-def by_bootstrap(values: np.ndarray, level: float = 0.05, draws: int = 10_000) -> Estimate:
-    """For values (seeds, examples), where all seeds share the examples: both are drawn again, each by itself.
-
-    The interval and the p value are those of the means of these draws (Owen 2007, "The pigeonhole bootstrap").
-    """
-    seeds, examples = values.shape
-    by_example = drawn_again(seeds, draws, 0) @ values.astype(np.float32)  # (draws, examples)
-    means = (by_example * drawn_again(examples, draws, 1)).sum(1)  # (draws,)
-    low, high = np.quantile(means, [level / 2, 1 - level / 2])
-    below = (1 + (means <= 0).sum()) / (1 + draws)
-    above = (1 + (means >= 0).sum()) / (1 + draws)
-    p = min(1.0, 2 * float(min(below, above)))
-    return Estimate(float(values.mean()), float(low), float(high), seeds, p)
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
 
 
 def estimate(values: np.ndarray, level: float = 0.05) -> Estimate:
-    """By Student's t for values (seeds,), by the bootstrap for values (seeds, examples)."""
-    if values.ndim == 2:
-        return by_bootstrap(values, level)
-    return by_t(values.tolist(), level)
+    """The interval that misses the true mean in a share `level` of all studies.
+
+    By Student's t for values (seeds,), by crossed random effects for values (seeds, examples). ValueError: one seed.
+    """
+    if len(values) < 2:
+        raise ValueError(f"an interval needs at least two seeds, got {len(values)}")
+    error, df = error_of_mean(values) if values.ndim == 1 else error_of_crossed_mean(values)
+    mean = float(values.mean())
+    if error == 0:
+        return Estimate(mean, 0.0, len(values), float(mean == 0))
+
+    from scipy.stats import t  # here, since the page's sentences are tested without it
+
+    return Estimate(mean, t.isf(level / 2, df) * error, len(values), 2 * t.sf(abs(mean) / error, df))
+
+
+def error_of_mean(values: np.ndarray) -> tuple[float, float]:
+    """The standard error of the mean of independent values (seeds,), and its degrees of freedom."""
+    return values.std(ddof=1) / math.sqrt(len(values)), len(values) - 1
+
+
+def error_of_crossed_mean(values: np.ndarray) -> tuple[float, float]:
+    """The same for values (seeds, examples), where all seeds share the examples.
+
+    A value is the mean plus an effect of its seed, one of its example, and a residual, which holds the interaction of
+    both: value_ij = mean + s_i + e_j + r_ij. From the mean squares of an analysis of variance
+
+        E[MS_seeds] = var(r) + examples var(s),   E[MS_examples] = var(r) + seeds var(e),   E[MS_rest] = var(r)
+
+    the variance of the mean, var(s) / seeds + var(e) / examples + var(r) / (seeds examples), is estimated without bias
+    by (MS_seeds + MS_examples - MS_rest) / (seeds examples). The first two are taken to be at least MS_rest, since no
+    variance is negative. The degrees of freedom are Satterthwaite's.
+    """
+    seeds, examples = values.shape
+    of_seed = values.mean(1, keepdims=True) - values.mean()  # (seeds, 1)
+    of_example = values.mean(0, keepdims=True) - values.mean()  # (1, examples)
+    rest = values - values.mean() - of_seed - of_example  # (seeds, examples)
+
+    df_rest = (seeds - 1) * (examples - 1)
+    ms_rest = (rest**2).sum() / df_rest
+    ms_seeds = max(ms_rest, examples * (of_seed**2).sum() / (seeds - 1))
+    ms_examples = max(ms_rest, seeds * (of_example**2).sum() / (examples - 1))
+
+    total = ms_seeds + ms_examples - ms_rest
+    if total == 0:
+        return 0.0, 1.0
+    spread = ms_seeds**2 / (seeds - 1) + ms_examples**2 / (examples - 1) + ms_rest**2 / df_rest
+    return math.sqrt(total / values.size), total**2 / spread
 
 
 def holm_levels(ps: Sequence[float], level: float = 0.05) -> list[float]:

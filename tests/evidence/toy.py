@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from training import Data, Setting, flatlora, train_toy
 
+USED = [train_toy.source_task, train_toy.target_task]  # of the script
+
 
 class Toy:
     samples = 10
@@ -19,7 +21,7 @@ class Toy:
         self.teacher, self.student = train_toy.source_task()
 
     def adapted(self, seed: int, setting: Setting) -> nn.Module:
-        return flatlora.inject_lora(copy.deepcopy(self.student), setting.r or 4, 8, setting.dropout)
+        return flatlora.inject_lora(copy.deepcopy(self.student), setting.r or 4, 8, setting.dropout, targets=".*")
 
     def data(self, seed: int, tuning: bool) -> Data:
         splits = train_toy.target_task(self.teacher, 1000 + seed if tuning else seed)

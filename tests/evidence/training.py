@@ -6,9 +6,12 @@ and measures are the same code for all.
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import sys
+import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +31,9 @@ import train_gpt2  # noqa: E402
 import train_toy  # noqa: E402
 
 OUT = ROOT / "out" / "evidence"  # what is downloaded
-RISES = (0.05, 0.1, 0.2, 0.3)  # sigma of the noise under which the rise of the training loss is measured
+RISES = (0.1, 0.3)  # sigma of the noise under which the rise of the training loss is measured
 BITS = 3  # to which merged weights are rounded
+USED = [train_gpt2.learning_rate, train_toy.sam_on_merged_step, train_toy.shifted]  # of the scripts, by every task
 Batch = tuple[Tensor, Tensor]
 
 
@@ -40,9 +44,8 @@ class Setting:
     lr: float
     r: int = 0  # 0: the task's own
     dropout: float = 0.0  # on the input of the adapters
-    weight_decay: float = 0.0  # AdamW's, on all that trains
     sigma: float = 0.0  # Flat-LoRA
-    schedule: str = "cosine"  # of sigma
+    schedule: str = "cosine"  # of sigma; else it is constant
     std: str = "row"  # of the noise: by eq. 7, or one per "matrix", for noise of the same expected size
     rho: float = 0.0  # SAM on (A, B)
     rho_merged: float = 0.0  # SAM on W'
@@ -57,7 +60,7 @@ class Data:
     train: list[Batch]  # for the training loss
     probe: list[Batch]  # training examples, for the rise of the loss under noise
     tests: dict[str, list[Batch]]  # "test" and others
-    rounded: list[Batch]  # of the test, for the rise of the loss by rounding
+    rounded: list[Batch]  # of the test, for the rise of the loss by rounding; none: it is not measured
     keep_answers: bool = False  # whether results tell for each example of the tests if it was right
 
 
@@ -81,7 +84,7 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
 
 def train(model: nn.Module, steps: Sequence[Batch], setting: Setting, seed: int) -> None:
     """In place. The seed fixes the noise and the dropout."""
-    optimizer = torch.optim.AdamW(flatlora.lora_parameters(model), weight_decay=setting.weight_decay)
+    optimizer = torch.optim.AdamW(flatlora.lora_parameters(model), weight_decay=0.0)
     model.train()
     for step, batch in enumerate(steps):
         torch.manual_seed(1000 * seed + step)  # for dropout
@@ -94,7 +97,9 @@ def train(model: nn.Module, steps: Sequence[Batch], setting: Setting, seed: int)
             rounded_loss_fn = partial(loss_when_rounded, bits=setting.bits)
             flatlora.flat_lora_step(model, rounded_loss_fn, [batch], optimizer, 0.0, 0, 1.0)
         else:
-            sigma = flatlora.sigma_at(step, len(steps), setting.sigma, setting.schedule)
+            sigma = setting.sigma
+            if setting.schedule == "cosine":
+                sigma = flatlora.sigma_at(step, len(steps), sigma)
             flatlora.flat_lora_step(model, loss_fn, [batch], optimizer, sigma, (seed, step), 1.0)
     model.eval()
 
@@ -112,18 +117,18 @@ def loss_when_rounded(model: nn.Module, batch: Batch, bits: int) -> Tensor:
 @contextmanager
 def one_std_per_matrix(wanted: bool) -> Iterator[None]:
     """Inside, if it is wanted, the noise of flatlora has one standard deviation per matrix."""
-    filter_std = flatlora.filter_std
+    row_std = flatlora.row_std
 
-    def matrix_std(weight: Tensor, sigma: float) -> Tensor:
-        std = filter_std(weight, sigma)  # (m, 1)
+    def matrix_std(merged: Tensor, sigma: float) -> Tensor:
+        std = row_std(merged, sigma)  # (m, 1)
         return std.square().mean().sqrt().expand_as(std)
 
     try:
         if wanted:
-            flatlora.filter_std = matrix_std
+            flatlora.row_std = matrix_std
         yield
     finally:
-        flatlora.filter_std = filter_std
+        flatlora.row_std = row_std
 
 
 # ---- Measures ------------------------------------------------------------------------------------------------
@@ -156,20 +161,9 @@ def round_rows(weight: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def update_in_percent(model: nn.Module) -> float:
-    """|s B A| of all layers, in per cent of |W|."""
-    changes = []
-    norms = []
-    for layer in flatlora.lora_layers(model).values():
-        changes.append((layer.weight - layer.base.weight).norm())
-        norms.append(layer.base.weight.norm())
-    return 100 * float(torch.stack(changes).norm() / torch.stack(norms).norm())
-
-
-@torch.no_grad()
 def measure(model: nn.Module, data: Data, seed: int, samples: int) -> dict[str, Any]:
     """What the tables show of a trained model, which is merged and rounded in the course of it."""
-    result: dict[str, Any] = {"update": update_in_percent(model)}
+    result: dict[str, Any] = {}
     for sigma in RISES:
         result[f"rise_{sigma}"] = flatlora.sharpness(model, loss_fn, data.probe, sigma, samples, seed)
 
@@ -213,3 +207,28 @@ def run(task: Task, setting: Setting, seed: int, tuning: bool = False) -> dict[s
 def short(value: Any) -> Any:
     """A float with the six digits that are worth keeping."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+# ---- Which code made a run -----------------------------------------------------------------------------------
+
+
+def fingerprint(sources: Iterable[str]) -> str:
+    """A hash of Python sources that docstrings, comments and layout do not change."""
+    trees = [structure(ast.parse(textwrap.dedent(source))) for source in sources]
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:12]
+
+
+def structure(node: Any) -> str:
+    """The syntax tree as text, without docstrings. ast.dump would differ between versions of Python."""
+    if isinstance(node, list):
+        return f"[{','.join(map(structure, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+
+    parts = []
+    for field, value in ast.iter_fields(node):
+        if field == "body" and isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            value = value[ast.get_docstring(node, clean=False) is not None :]
+        if value is not None and value != []:  # newer versions have more fields, which are empty
+            parts.append(f"{field}={structure(value)}")
+    return f"{type(node).__name__}({','.join(parts)})"

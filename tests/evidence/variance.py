@@ -14,7 +14,7 @@ import torch
 from training import flatlora
 
 SIGMA = 0.5
-WIDTHS = (64, 256, 1024, 4096)
+WIDTHS = (64, 4096)
 MEANS = (0, 1)
 
 
@@ -40,7 +40,7 @@ def growth(case: Case, seed: int) -> dict[str, Any]:
     parts = []
     for draw in range(64):
         x = case.mean + torch.randn(256, case.n, generator=generator)  # (N, n)
-        noise = flatlora.draw_noise(weight, SIGMA, (seed, draw))
+        noise = flatlora.draw_noise(weight, SIGMA, (seed, draw), name="")
         plain = x @ weight.T  # (N, 256)
         noisy = x @ noise.added_to(weight).T  # (N, 256)
         expected = case.mean * weight.sum(1)  # (256,)
