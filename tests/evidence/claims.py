@@ -165,7 +165,6 @@ CLAIMS = [
 # are 0 and half of the paper's gain, where it gives one in this unit. No row, seed or setting is added after a look at
 # the results, and no test is repeated: this also holds for N, whose hint came from the study movies. Where not all
 # seeds have run, those count of which all rows have.
-#
 # Accuracy, seeds (S) by snippets (N): crossed random effects, with the interaction of both as the residual. Of the
 # contrast (S, N) of answers, the mean squares of seeds, snippets and residual, the first two not below the residual's,
 # give the variance of the mean, (MS_seeds + MS_snippets - MS_residual) / (S N), and Student's t has the degrees of
@@ -174,8 +173,7 @@ CLAIMS = [
 # Tuning: on movies the setting with the highest mean accuracy of four seeds wins; of equal ones that with the lower
 # mean loss, then the first in the list. On packages the one with the lowest mean loss. A winner at an end of its range
 # stays, and the page says so; nothing is tuned further. The page names a method to take instead of LoRA on movies if
-# its claim below (P for Flat-LoRA, Q for SAM) has an interval above 0; otherwise it says that none was shown to be
-# better.
+# its claim below (P for Flat-LoRA, Q for SAM) has an interval above 0; otherwise it says that none is shown better.
 
 LATER = [
     Claim(

@@ -258,9 +258,8 @@ def perform(name: str, seeds: Sequence[int], only: list[str], workers: int) -> N
 
     RUNS.mkdir(exist_ok=True)
     os.environ["TQDM_DISABLE"] = "1"  # in the processes that start now
-    context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(workers, start_worker) as pool,
+        multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool,
         open(RUNS / f"{name}.jsonl", "a", encoding="utf-8") as file,
         tqdm(jobs, desc=name, smoothing=0) as bar,
     ):
@@ -276,8 +275,7 @@ def perform(name: str, seeds: Sequence[int], only: list[str], workers: int) -> N
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*STUDIES, "tables"])
     parser.add_argument("--seeds", type=int, help="the first N seeds (all)")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="these alone")
@@ -287,10 +285,7 @@ def main() -> None:
         from tables import write_pages  # which imports this file
 
         return write_pages()
-    try:
-        perform(args.what, STUDIES[args.what].seeds[: args.seeds], args.rows, args.workers)
-    except KeyboardInterrupt:
-        raise SystemExit("study.py: stopped; repeat the command to resume") from None
+    perform(args.what, STUDIES[args.what].seeds[: args.seeds], args.rows, args.workers)
 
 
 if __name__ == "__main__":

@@ -233,6 +233,16 @@ def cost_table(found: Found) -> str:
     return f"{found['machine']}:\n\n{markdown(head, body)}"
 
 
+def brief_costs(results: Results) -> str:
+    """The medians of both cost tables in one."""
+    methods = [method for method in METHODS if method != "lora"]
+    body = []
+    for device, machine in {"cuda": "H200", "cpu": "CPU"}.items():
+        for title, cell in load_cost()[device]["cells"].items():
+            body.append([f"{machine}: {title}", *(f"{cell['ratio'][method][1]:.2f}" for method in methods)])
+    return markdown(["blocks, sequences x tokens", *(METHODS[method] for method in methods)], body)
+
+
 def printed(results: Results) -> str:
     """All that train_gpt2.py prints but the texts."""
     content = json.loads((HERE / "gpt2.json").read_text("utf-8"))
@@ -246,7 +256,7 @@ Tables = dict[str, Callable[[Results], str]]
 
 def front() -> Tables:
     """The tables of the README.md of the project, between the same marks."""
-    return {"cost": costs, "printed": printed}
+    return {"cost": brief_costs, "printed": printed}
 
 
 def blocks() -> Tables:
