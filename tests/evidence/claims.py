@@ -159,7 +159,6 @@ CLAIMS = [
 # This part was fixed before the runs of these five studies. Known were the results of versions 0.1 and 0.2 on the same
 # tasks and tests, and a pilot of ten epochs with four seeds (0 to 3), in which noise changed nothing that could be
 # seen. No seed of an earlier study or of the pilot is used again; what tunes is not used for results.
-#
 # The seven claims below are a family of their own. Each has one number, as above; its interval is at the level of
 # Holm's correction over all seven, where a claim that has not run counts with p = 1. `word` gives the word: thresholds
 # are 0 and half of the paper's gain, where it gives one in this unit. No row, seed or setting is added after a look at
