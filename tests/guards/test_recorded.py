@@ -16,7 +16,8 @@ from flatlora import draw_noise, flat_lora_step, inject_lora, lora_parameters, s
 RECORDED = json.loads(Path(__file__).with_name("recorded.json").read_text())
 SEEDS = [0, -7, 2**40, [3, 5], [1, [2, 3]]]
 SHAPES = [(1, 1), (16, 12), (50, 3000), (3000, 50), (2500, 2600)]  # in the last one, the windows of rows overlap
-DTYPES = ["float64", "float32", "bfloat16", "float16"]
+# Sums differ in the last bit between processors, after which a number in half precision may be rounded the other way.
+TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}
 
 
 def wave(*shape, phase=0.0):
@@ -57,12 +58,12 @@ def step_numbers(method):
     return [*numbers, sum(p.norm().item() for p in lora_parameters(model))]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_noise_is_that_of_version_02(shape, dtype):
     for seed in SEEDS:
         expected = RECORDED["noise"][f"{list(shape)} {dtype} {seed}"]
-        assert noise_numbers(shape, dtype, seed) == pytest.approx(expected, rel=1e-6)
+        assert noise_numbers(shape, dtype, seed) == pytest.approx(expected, rel=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("method", ["lora", "flat", "sam"])
