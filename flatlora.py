@@ -487,6 +487,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     `{"h.0.q_proj.lora_A": (r, n), "h.0.q_proj.lora_B": (m, r), ..., "h.0.q_proj.scaling": (), ...}`
 
+    The running statistics of a frozen BatchNorm are not in it, though they move in training mode: put it in eval mode.
+
     ValueError: nothing trains, as in a frozen copy of the model.
     """
     state = {name: full(tensor.detach()).clone() for name, tensor in trained_state(model).items()}
