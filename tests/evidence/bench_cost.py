@@ -272,12 +272,11 @@ def drift_of_adding(steps: int) -> float:
 
 
 def measure_cpu(seconds: float) -> Found:
-    cells = GPT2_CELLS
-    first = next(iter(cells))
-    peaks = peaks_of_processes(cells[first])
+    first = next(iter(GPT2_CELLS))
+    peaks = peaks_of_processes(GPT2_CELLS[first])
     found: Found = {"machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}, commit {commit()}"}
     found["drift of adding, %, after 100 steps"] = drift_of_adding(steps=100)
-    found["cells"] = {title: times_of_steps(cell, seconds, title) for title, cell in cells.items()}
+    found["cells"] = {title: times_of_steps(cell, seconds, title) for title, cell in GPT2_CELLS.items()}
     found["cells"][first]["peaks"] = peaks
     return found
 

@@ -21,6 +21,7 @@ Part = tuple[str, str, str]  # study, the row that others are compared with, a r
 Found = dict[str, Any]  # what bench_cost.py has measured
 
 METHODS = {"lora": "LoRA", "flat": "Flat-LoRA", "add": "add and subtract", "sam": "SAM on (A, B)"}  # of the bench
+OTHERS = {method: METHODS[method] for method in METHODS if method != "lora"}
 LORA = "sigma 0"  # the row of plain LoRA
 
 ACCURACY: Column = ("test, %", ((1, "test_right"),), 2)
@@ -37,9 +38,7 @@ SHARPER: Column = ("rise, sigma 0.3", ((1, "rise_0.3"),), 4)
 BRIEF = [ACCURACY, TYPOS, TEST, TRAINING, SHARP]
 MOVIES: list[Column] = [
     ACCURACY,
-    ("typos 1", ((1, "typos_1_right"),), 2),
-    ("typos 3", ((1, "typos_3_right"),), 2),
-    ("typos 5", ((1, "typos_5_right"),), 2),
+    *[(f"typos {severity}", ((1, f"typos_{severity}_right"),), 2) for severity in (1, 3, 5)],
     ("3 other domains", tuple((1 / 3, domain) for domain in DOMAINS), 2),
     *[TEST, TRAINING, SHARP, RISE_BITS],
 ]
@@ -129,12 +128,8 @@ def claims_table(results: Results, claims: Sequence[Claim]) -> str:
     body = []
     for claim in claims:
         row = [f'<a id="{claim.letter}"></a>{claim.letter}{"°" * claim.seen}', claim.says, claim.test]
-        if claim.letter in found:
-            said, one = found[claim.letter]
-            row += [claim.number, f"**{said}**", plus_minus(one, claim.digits), str(one.n)]
-        else:
-            row += ["", "**not tested**", "", ""]
-        body.append(row)
+        said, one = found[claim.letter]
+        body.append([*row, claim.number, f"**{said}**", plus_minus(one, claim.digits), str(one.n)])
     return markdown(["", "the paper says", "tested here", "the number is the", "word", "number", "n"], body, words=5)
 
 
@@ -148,10 +143,9 @@ def rows_table(results: Results, columns: Sequence[Column], *parts: Part) -> str
             if cells:
                 label = "LoRA" if row == LORA else row
                 if row.endswith(", tuned"):
-                    label += ": " + ", ".join(f"{key} {value:g}" for key, value in changed(settings[row]).items())
+                    chosen = changed(settings[row]).items()
+                    label += ": " + ", ".join(f"{key.removesuffix('_merged')} {value:g}" for key, value in chosen)
                 body.append([name, label, *cells])
-    if not body:
-        return "Not tested yet."
     head = ["study", "change against the first row", *(title for title, _, _ in columns), "n"]
     return markdown(head, body, words=2) + warnings(results, *(name for name, _, _ in parts))
 
@@ -169,22 +163,21 @@ def cells_of(runs: Runs, row: str, base: str, columns: Sequence[Column]) -> list
     return [*cells, str(len(values))]
 
 
-def tuning_table(results: Results, name: str, metric: str, digits: int) -> str:
-    """The mean of each setting over the seeds of tuning: a column per learning rate."""
-    if not results[name]:
-        return "Not tested yet."
+def tuning_table(results: Results) -> str:
+    """The mean accuracy of each setting over the seeds of tuning: a column per learning rate."""
+    name = "movies_accuracy_rates"
     means: dict[str, dict[str, str]] = {}
     for row, setting in STUDIES[name].rows().items():
         rate = f"{setting.lr:g}"
         strength = row.replace(f", lr {rate}", "")
-        values = contrast(results[name], [(1, row, metric)])
-        means.setdefault(strength, {})[rate] = f"{values.mean():.{digits}f}" if len(values) else ""
+        mean = contrast(results[name], [(1, row, "test_acc")]).mean()
+        means.setdefault(strength, {})[rate] = f"{mean:.2f}"
 
     rates = list(means["LoRA"])
     body = []
     for strength, by_rate in means.items():
         body.append([strength, *(by_rate.get(rate, "") for rate in rates)])
-    return markdown([f"{name}: {metric}", *rates], body) + warnings(results, name)
+    return markdown(["accuracy, %, at the rate", *rates], body) + warnings(results, name)
 
 
 def variance_table(results: Results) -> str:
@@ -217,31 +210,29 @@ def costs(results: Results) -> str:
 
 def cost_table(found: Found) -> str:
     """A row per benchmark: times as multiples of LoRA's, median and quartiles, and peak memory above LoRA's."""
-    others = [method for method in METHODS if method != "lora"]
     body = []
     for title, cell in found["cells"].items():
         row = [title, f"{cell['ms']:.0f}"]
-        for method in others:
+        for method in OTHERS:
             low, median, high = cell["ratio"][method]
             row.append(f"{median:.2f} ({low:.2f}-{high:.2f})")
-        for method in others:
+        for method in OTHERS:
             above = (cell["peaks"][method] - cell["peaks"]["lora"]) / 1e6 if "peaks" in cell else None
             row.append("" if above is None else f"{above:+.0f}")
         body.append([*row, str(cell["rounds"])])
-    memory = [f"{METHODS[method]}, MB" for method in others]
-    head = ["blocks, sequences x tokens", "LoRA, ms", *(METHODS[method] for method in others), *memory, "rounds"]
+    memory = [f"{method}, MB" for method in OTHERS.values()]
+    head = ["blocks, sequences x tokens", "LoRA, ms", *OTHERS.values(), *memory, "rounds"]
     return f"{found['machine']}:\n\n{markdown(head, body)}"
 
 
 def brief_costs(results: Results) -> str:
     """The medians of both cost tables in one, without the rows of micro-batches."""
-    methods = [method for method in METHODS if method != "lora"]
     body = []
     for device, machine in {"cuda": "H200", "cpu": "CPU"}.items():
         for title, cell in load_cost()[device]["cells"].items():
             if "micro" not in title:
-                body.append([f"{machine}: {title}", *(f"{cell['ratio'][method][1]:.2f}" for method in methods)])
-    return markdown(["blocks, sequences x tokens", *(METHODS[method] for method in methods)], body)
+                body.append([f"{machine}: {title}", *(f"{cell['ratio'][method][1]:.2f}" for method in OTHERS)])
+    return markdown(["blocks, sequences x tokens", *OTHERS.values()], body)
 
 
 def printed(results: Results) -> str:
@@ -276,7 +267,7 @@ def blocks() -> Tables:
             ("movies_more_data", LORA, ""),
             ("movies_accuracy", "LoRA, tuned", ""),
         ),
-        "movies tuning": table(tuning_table, name="movies_accuracy_rates", metric="test_acc", digits=2),
+        "movies tuning": tuning_table,
         "packages": rows(PACKAGES, ("packages", LORA, shown)),
         "packages later": rows(
             PACKAGES,
