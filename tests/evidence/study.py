@@ -39,7 +39,7 @@ Line = dict[str, Any]  # a run: row, seed, setting, code, and what was measured
 
 
 def movies_rates_rows() -> dict[str, Setting]:
-    """Nine rates of LoRA, six settings of the others, on snippets that no other study uses."""
+    """Nine rates of LoRA, six settings of the others."""
     rows = lora_rows(4e-4, 5e-4, 6e-4, 8e-4, 1e-3, 1.2e-3, 1.4e-3, 1.6e-3, 2e-3)
     for lr in (8e-4, 1.2e-3, 1.6e-3):
         rows |= flat_rows(lr, 0.05, 0.15)
