@@ -38,9 +38,9 @@ SHARPER: Column = ("rise, sigma 0.3", ((1, "rise_0.3"),), 4)
 BRIEF = [ACCURACY, TYPOS, TEST, TRAINING, SHARP]
 MOVIES: list[Column] = [
     ACCURACY,
-    *[(f"typos {severity}", ((1, f"typos_{severity}_right"),), 2) for severity in (1, 3, 5)],
+    *[(f"typos {severity}", ((1, f"typos_{severity}_right"),), 2) for severity in (1, 5)],
     ("3 other domains", tuple((1 / 3, domain) for domain in DOMAINS), 2),
-    *[TEST, TRAINING, SHARP, RISE_BITS],
+    *[TEST, TRAINING, SHARP],
 ]
 FLATNESS = [SHARP, SHARPER, TRAINING, GAP, RISE_BITS]
 PACKAGES: list[Column] = [TEST, OTHER, ("old text", ((1, "old_loss"),), 4), RISE_BITS, ROUNDED]
