@@ -257,8 +257,8 @@ def blocks() -> Tables:
     return {
         "claims": functools.partial(claims_table, claims=CLAIMS),
         "later claims": functools.partial(claims_table, claims=LATER),
-        "all tasks": rows(FLATNESS, *((task, LORA, r"sigma 0\.[13]$") for task in ("movies", "packages", "toy"))),
-        "movies": rows(MOVIES, ("movies", LORA, "sigma|.*tuned")),
+        "all tasks": rows(FLATNESS, *((task, LORA, r"sigma 0\.1$") for task in ("movies", "packages", "toy"))),
+        "movies": rows(MOVIES, ("movies", LORA, "sigma|SAM")),
         "movies later": rows(
             BRIEF,
             ("movies_epochs", LORA, ""),
