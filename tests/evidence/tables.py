@@ -86,18 +86,11 @@ def contrast(runs: Runs, terms: Sequence[Term]) -> np.ndarray:
 
 
 def decided(claims: Sequence[Claim], results: Results) -> dict[str, tuple[str, Estimate]]:
-    """The word and the number, with Holm's interval, of each claim of the family that has run."""
-    measured = {}
-    for claim in claims:
-        values = contrast(results[claim.task], claim.terms)
-        if len(values) > 1:
-            measured[claim] = values
-    ps = [estimate(values).p for values in measured.values()]
-    not_run = len(claims) - len(measured)
-    levels = holm_levels(ps + [1.0] * not_run)
-
+    """By letter: the word and the number, with an interval at Holm's level among all of the claims."""
+    measured = [contrast(results[claim.task], claim.terms) for claim in claims]
+    levels = holm_levels([estimate(values).p for values in measured])
     found = {}
-    for (claim, values), level in zip(measured.items(), levels):
+    for claim, values, level in zip(claims, measured, levels):
         one = estimate(values, level)
         found[claim.letter] = word_for(claim, one.low, one.high), one
     return found
@@ -127,9 +120,10 @@ def claims_table(results: Results, claims: Sequence[Claim]) -> str:
     found = decided(claims, results)
     body = []
     for claim in claims:
-        row = [f'<a id="{claim.letter}"></a>{claim.letter}{"°" * claim.seen}', claim.says, claim.test]
         said, one = found[claim.letter]
-        body.append([*row, claim.number, f"**{said}**", plus_minus(one, claim.digits), str(one.n)])
+        anchor = f'<a id="{claim.letter}"></a>{claim.letter}{"°" * claim.seen}'
+        texts = [claim.says, claim.test, claim.number, f"**{said}**"]
+        body.append([anchor, *texts, plus_minus(one, claim.digits), str(one.n)])
     return markdown(["", "the paper says", "tested here", "the number is the", "word", "number", "n"], body, words=5)
 
 
@@ -139,13 +133,11 @@ def rows_table(results: Results, columns: Sequence[Column], *parts: Part) -> str
     for name, base, wanted in parts:
         settings = STUDIES[name].rows()
         for row in [base, *(row for row in settings if row != base and re.match(wanted, row))]:
-            cells = cells_of(results[name], row, base, columns)
-            if cells:
-                label = "LoRA" if row == LORA else row
-                if row.endswith(", tuned"):
-                    chosen = changed(settings[row]).items()
-                    label += ": " + ", ".join(f"{key.removesuffix('_merged')} {value:g}" for key, value in chosen)
-                body.append([name, label, *cells])
+            label = "LoRA" if row == LORA else row
+            if row.endswith(", tuned"):
+                chosen = changed(settings[row]).items()
+                label += ": " + ", ".join(f"{key.removesuffix('_merged')} {value:g}" for key, value in chosen)
+            body.append([name, label, *cells_of(results[name], row, base, columns)])
     head = ["study", "change against the first row", *(title for title, _, _ in columns), "n"]
     return markdown(head, body, words=2) + warnings(results, *(name for name, _, _ in parts))
 
@@ -157,8 +149,6 @@ def cells_of(runs: Runs, row: str, base: str, columns: Sequence[Column]) -> list
         if row != base:
             terms += [(-weight, base, metric) for weight, metric in metrics]
         values = contrast(runs, terms)
-        if len(values) < 2:
-            return []
         cells.append(f"{values.mean():.{digits}f}" if row == base else plus_minus(estimate(values), digits))
     return [*cells, str(len(values))]
 

@@ -168,22 +168,19 @@ def test_claim_e_takes_the_rows_of_the_lowest_validation_loss() -> None:
     assert best == in_claim_e
 
 
-def test_a_claim_that_was_not_run_counts_in_holms_correction(scipy: None) -> None:
-    """A study made up so that claim M has a gain of about one point in every seed; the other six have not run."""
-    results: tables.Results = {claim.task: {} for claim in LATER}
+def test_the_number_of_a_claim_has_holms_interval(scipy: None) -> None:
+    """Of two claims: studies made up so that M has a gain of one point in every seed, and R has none."""
+    m, r = [claim for claim in LATER if claim.letter in "MR"]
+    plain, better = [{"test_right": packed(torch.arange(200) < right)} for right in (100, 102)]
+    results: tables.Results = {m.task: {}, r.task: {}}
     for seed in range(5):
-        right = torch.zeros(200, dtype=torch.bool)
-        right[: 100 + seed] = True
-        results["movies_epochs"]["sigma 0", seed] = {"test_right": packed(right)}
-        right[100 + seed : 102 + seed] = True
-        results["movies_epochs"]["sigma 0.05", seed] = {"test_right": packed(right)}
+        results[m.task]["sigma 0", seed] = results[r.task]["sigma 0", seed] = plain
+        results[m.task]["sigma 0.05", seed] = better
+        results[r.task]["sigma 0.1", seed] = plain
 
-    found = tables.decided(LATER, results)
-    assert list(found) == ["M"]
-    _, one = found["M"]
-    values = tables.contrast(results["movies_epochs"], LATER[0].terms)
-    assert one.mean == pytest.approx(1.0)
-    assert one == estimate(values, 0.05 / 7)
+    _, gain = tables.decided([m, r], results)["M"]
+    assert gain.mean == pytest.approx(1.0)
+    assert gain == estimate(tables.contrast(results[m.task], m.terms), 0.05 / 2)
 
 
 # ---- Training and measures -----------------------------------------------------------------------------------
@@ -332,6 +329,17 @@ def test_the_sentence_about_the_run_that_failed(scipy: None) -> None:
     ends = f"one of LoRA's {len(of_lora)} runs ended at {worst:.1f} %, the others at {low:.2f} to {high:.2f} %"
     without = f"P would be {p.low:+.2f} to {p.high:+.2f} and Q {q.low:+.2f} to {q.high:+.2f}"
     assert f"{ends}. Without its seed, {without}" in " ".join(PAGE.split())
+
+
+def test_the_sentences_about_tuning() -> None:
+    def lowest_loss(name: str, method: str) -> tuple[float, str]:
+        runs = {(line["row"], line["seed"]): line for line in study.read_runs(name)}
+        rows = [row for row in study.STUDIES[name].rows() if row.startswith(method)]
+        return min((tables.contrast(runs, [(1, row, "test_loss")]).mean(), row) for row in rows)
+
+    _, best = lowest_loss("movies_accuracy_rates", "LoRA")
+    assert best == "LoRA, lr 0.0024"
+    assert lowest_loss("packages_tuned_rates", "Flat-LoRA") > lowest_loss("packages_tuned_rates", "LoRA")
 
 
 def test_links_to_rows_and_sections_lead_somewhere() -> None:
